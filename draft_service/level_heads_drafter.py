@@ -31,9 +31,7 @@ class LevelHeadsDrafter:
         decoder, trie = evaluator.decoder, evaluator.trie
         if not isinstance(decoder, LevelHeadsDecoder):
             raise BundleError(f"{MANIFEST}: draft.heads: run on the host only; set kv_paged to never")
-        if decoder.codes != list(trie.codebook_sizes[1:]):
-            sizes = list(trie.codebook_sizes[1:])
-            raise BundleError(f"{MANIFEST}: draft.heads: of {decoder.codes} codes, but the catalogue has {sizes}")
+        decoder.check_codes(trie.codebook_sizes[1:])
         self._evaluator = evaluator
         self._heads = HeadsEvaluation(trie, evaluator.rule, decoder.score)
         self._rules = PlanRules.of(evaluator)

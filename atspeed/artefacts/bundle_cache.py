@@ -28,6 +28,7 @@ from atspeed.engine.errors import BundleError
 
 _KEPT = 4
 """Bundles that stay: those of two tracks, and the one before each."""
+_REMEMBERED = 2  # of them, those of the latest records, however many were fetched since: one of each track
 _UNUSED_SECONDS = 3600.0  # a file that no bundle holds yet may be another process's
 
 
@@ -140,11 +141,15 @@ class BundleCache:
             link_or_copy(file, new)
 
     def _evict(self) -> None:
-        """Remove the bundles that were fetched longest ago, and files that no bundle holds. What is open stays readable."""
-        fetched: dict[Path, float] = {}
+        """Remove the bundles that were fetched longest ago, and files that no bundle holds. What is open stays readable.
+
+        A start without the store needs the bundles that were served last, so they go last.
+        """
+        fetched: dict[Path, tuple[bool, float]] = {}
+        served = self._served()
         for root in (self._folder / "bundles").iterdir():
             with suppress(FileNotFoundError):  # another process has removed it
-                fetched[root] = root.stat().st_mtime
+                fetched[root] = (root.name in served, root.stat().st_mtime)
         for root in sorted(fetched, key=fetched.__getitem__)[:-_KEPT]:
             shutil.rmtree(root, ignore_errors=True)
         for file in (self._folder / "files").iterdir():
@@ -152,6 +157,15 @@ class BundleCache:
                 found = file.stat()
                 if found.st_nlink == 1 and time.time() - found.st_ctime > _UNUSED_SECONDS:
                     file.unlink()
+
+    def _served(self) -> list[str]:
+        """Return the hashes of the manifests of the latest records."""
+        found: dict[str, float] = {}
+        for record in (self._folder / "urls").glob("*"):
+            with suppress(OSError, ValidationError):
+                served = ServedBundle.model_validate_json(record.read_bytes())
+                found[served.manifest] = max(record.stat().st_mtime, found.get(served.manifest, 0.0))
+        return sorted(found, key=found.__getitem__)[-_REMEMBERED:]
 
 
 @contextmanager

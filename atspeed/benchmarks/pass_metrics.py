@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from urllib.request import urlopen
+from http.client import HTTPConnection
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -50,6 +51,7 @@ def shared_passes(targets: Sequence[ServiceProcess]) -> SharedPasses:
 
 
 def _page(port: int) -> str:
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=_SECONDS) as reply:
-        text: str = reply.read().decode()
-        return text
+    # urllib would ask a proxy of the environment.
+    with closing(HTTPConnection("127.0.0.1", port, timeout=_SECONDS)) as connection:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()

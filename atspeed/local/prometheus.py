@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
 import tempfile
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -106,13 +106,23 @@ class LocalPrometheus:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while self.running and time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self.url}/-/ready", timeout=2.0):  # noqa: S310 - our own process
-                    return
-            except OSError:  # urllib's errors too
-                time.sleep(0.05)
+            if self._ready():
+                return
+            time.sleep(0.05)
         tail = self.log.read_text(errors="replace")[-2000:].strip()
         raise LocalPrometheusError(f"{self._binary} did not start on port {self.port}:\n{tail}")
+
+    def _ready(self) -> bool:
+        connection = http.client.HTTPConnection(
+            _HOST, self.port, timeout=2.0
+        )  # urllib would ask a proxy of the environment
+        try:
+            connection.request("GET", "/-/ready")
+            return connection.getresponse().status == http.client.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
 
 def prometheus_binary() -> Path | None:

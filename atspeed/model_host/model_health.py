@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import Context
+from typing import Any
 
 import structlog
 
@@ -72,7 +74,7 @@ class ModelHealth:
         if self._failures != self._unhealthy_after or self._probing is not None:
             return
         if isinstance(error, NoNumbersError):
-            self._probing = asyncio.get_running_loop().create_task(self._confirm(), name="confirm-unhealthy")
+            self._start(self._confirm(), "confirm-unhealthy")
         else:
             self._become_unhealthy(type(error).__name__)
 
@@ -86,7 +88,11 @@ class ModelHealth:
     def _become_unhealthy(self, error_type: str = NoNumbersError.__name__) -> None:
         _log.error("model_unhealthy", consecutive_failures=self._failures, error_type=error_type)
         self.healthy = False
-        self._probing = asyncio.get_running_loop().create_task(self._recover(), name="recover-model")
+        self._start(self._recover(), "recover-model")
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        # Its log lines are about the model, and not about the call whose pass failed.
+        self._probing = asyncio.get_running_loop().create_task(work, name=name, context=Context())
 
     async def _confirm(self) -> None:
         """Probe after passes without numbers. The probe decides whether the model or its requests caused them."""

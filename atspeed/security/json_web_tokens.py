@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextvars import Context
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -42,6 +43,7 @@ _LEEWAY_SECONDS: Final = 10
 # Keys change rarely, and issuers announce new ones hours before they sign with them. An unknown key id asks again at once, but
 # not more often than this, so that a flood of invented ids does not become one of requests to the issuer.
 _KEEP_SECONDS: Final = 300.0
+_OUTDATED_SECONDS: Final = 2 * _KEEP_SECONDS
 _ASK_AGAIN_SECONDS: Final = 10.0
 _TIMEOUT_SECONDS: Final = 5.0
 _MAX_KEY_SET_BYTES: Final = 1_048_576
@@ -83,6 +85,7 @@ class KeySet:
         self._seen: object = None
         self._asked = -float("inf")
         self._reading: asyncio.Task[None] | None = None  # the latest reading of a URL in the background
+        self._outdated = False  # whether nobody had asked for long before that
 
     async def load(self) -> None:
         """Read the keys for the first time. Raises KeySetError for a file that is none.
@@ -99,14 +102,17 @@ class KeySet:
     async def key(self, key_id: str) -> jwt.PyJWK | None:
         """Return a key; None if the issuer has none of that id. Raises UnavailableError without any keys.
 
-        Keys of a URL are read again in the background. Only a call with an unknown id waits for that, for a limited time.
+        Keys of a URL are read again in the background. Only a call with an unknown id waits for that, for a limited time, and any
+        call after a long time without calls: a key may have been withdrawn meanwhile.
         """
         if not is_url(self._source):
             if file_signature(Path(self._source)) != self._seen:
                 await self._refresh()
         elif self._stale(key_id):
-            self._reading = asyncio.create_task(self._refresh())
-        if self._reading is not None and key_id not in self._keys:
+            self._outdated = self._clock() - self._asked >= _OUTDATED_SECONDS
+            # Its log lines are about the issuer, and not about the caller whose token made it necessary.
+            self._reading = asyncio.create_task(self._refresh(), context=Context())
+        if self._reading is not None and (self._outdated or key_id not in self._keys):
             await asyncio.wait([self._reading], timeout=_TIMEOUT_SECONDS)
         if not self._keys:
             raise UnavailableError("the keys of the tokens' issuer cannot be read now")

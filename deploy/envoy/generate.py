@@ -30,7 +30,8 @@ def place(tls: TlsFiles | None, console: Path | None) -> Place:
 def local(console: Path | None) -> Place:
     """Return the place of Envoy in Compose without tokens: for the host names of this machine and of its container."""
     hosts = (*LOCAL_HOSTS, "edge", "console")
-    return replace(place(None, console), hosts=hosts, more_hosts="EDGE_CONFIG=envoy.yaml serves all names")
+    everywhere = "docker-compose.secure.yml, with tokens," if console else "EDGE_CONFIG=envoy.yaml"
+    return replace(place(None, console), hosts=hosts, more_hosts=f"{everywhere} serves all names")
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from atspeed.local.free_ports import PortTakenError, free_port
+from atspeed.local.prometheus import LocalPrometheus, prometheus_binary
 from atspeed_client import CallError, Client
 from tests.bundles import TestBundle, write_bundle
 from tests.catalogues import random_catalogue
@@ -68,9 +69,23 @@ def asked(address: str, path: str, **parameters: str) -> Any:
         return json.load(reply)["data"]
 
 
-@pytest.mark.skipif(
+needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus is not installed (Debian package prometheus)"
 )
+
+
+@needs_prometheus
+def test_prometheus_starts_where_the_environment_names_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    binary = prometheus_binary()
+    assert binary
+    with LocalPrometheus(binary, {}, tmp_path / "prometheus.log") as running:
+        assert running.running
+
+
+@needs_prometheus
 def test_prometheus_collects_from_all_services_with_the_rules_of_deploy(made: TestBundle, tmp_path: Path) -> None:
     options = ["--bundle", made.root, "--targets", 2, "--drafts", 0, "--port", 0, "--metrics", 0]
     with started(*options, "--log-folder", tmp_path) as process:

@@ -171,6 +171,8 @@ class ModelEntry(_Part):
                 raise ValueError(f"{field}: not in the folder of {self.path}")
         if (self.draft_kind == LEVEL_HEADS) != bool(self.heads):
             raise ValueError(f"heads: {len(self.heads)} files, but draft_kind is {self.draft_kind}")
+        if self.heads and encoder:
+            raise ValueError("heads: they read the state of a decoder, and this model has an encoder")
         started = (encoder.decoder_start,) if encoder else ()
         named = (("code_tokens", self.code_tokens), ("prompt", prompt.fixed_tokens), ("encoder.decoder_start", started))
         for name, tokens in named:

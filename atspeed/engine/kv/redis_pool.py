@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import re
 import time
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,7 +176,10 @@ class CheckedPool(BlockingConnectionPool):
     async def get_connection(self, *args: Any, **options: Any) -> Any:
         """Return a usable connection within `timeout` seconds."""
         if self._checks is None or self._checks.done():
-            self._checks = asyncio.get_running_loop().create_task(self._check_forever(), name="redis-checks")
+            # It outlives the call that starts it, and must not keep the call's metadata, such as a token.
+            self._checks = asyncio.get_running_loop().create_task(
+                self._check_forever(), name="redis-checks", context=Context()
+            )
         try:
             return await super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
         except BaseException:

@@ -23,6 +23,7 @@ from atspeed.engine.bundle.prompts import texts_of
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
+from atspeed.engine.model.level_heads import LevelHeadsDecoder
 from atspeed.engine.model.loading import check_device_graph, load_decoder
 from atspeed.engine.model.provider import Provider
 
@@ -37,16 +38,20 @@ def verify_bundle(root: Path, *, passes: bool = True, provider: Provider = "cpu"
     """
     bundle = Bundle(root)
     bundle.verify()
-    bundle.catalogue()
+    sizes = bundle.catalogue().trie.codebook_sizes
     for role in ROLES:
         if role in bundle.manifest.models:
             check_device_graph(bundle, role)
             decoder = load_decoder(bundle, role, RuntimeOptions(provider, os.cpu_count() or 1))
+            if isinstance(decoder, LevelHeadsDecoder):
+                decoder.check_codes(sizes[1:])
             if passes:
                 entry = bundle.model(role)
                 start = entry.encoder.decoder_start if entry.encoder else None
                 texts = texts_of(bundle, role)
                 check_finite(decoder, entry.code_tokens, entry.prompt, texts, decoder_start=start)
+                if isinstance(decoder, LevelHeadsDecoder):
+                    decoder.check_finite(sizes)
     return bundle
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from atspeed.engine.arrays import Float32, Int64
+from atspeed.engine.bundle.manifest import MANIFEST
 from atspeed.engine.bundle.model_files import ModelFiles
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.decoder import (
@@ -70,6 +71,23 @@ class LevelHeadsDecoder(Decoder):
             check_contract(head.path, "input", inputs, head_inputs(level, self.state_size))
             check_contract(head.path, "output", outputs, head_outputs(codes))
             self.codes.append(codes)
+
+    def check_codes(self, sizes: Sequence[int]) -> None:
+        """Raise BundleError unless the heads are of these numbers of codes, of the second level and further ones."""
+        if self.codes != list(sizes):
+            raise BundleError(f"{MANIFEST}: draft.heads: of {self.codes} codes, but the catalogue has {list(sizes)}")
+
+    def check_finite(self, sizes: Sequence[int]) -> None:
+        """Score paths with each code above each head. Raises BundleError naming a head whose scores are not finite.
+
+        sizes: the number of codes of each level.
+        """
+        offset, state = np.cumsum([0, *sizes]), np.ones(self.state_size, dtype=np.float32)
+        for level in range(1, len(sizes)):
+            row = np.arange(max(sizes[:level]))[:, None]
+            scores = self.score(state, offset[:level] + row % np.asarray(sizes[:level]))
+            if not all(np.isfinite(one).all() for one in scores):
+                raise BundleError(f"{self.path.parent / head_file(level)}: nan or inf in its scores")
 
     def score(self, state: Float32, path: Int64) -> tuple[Float32, Float32]:
         """Score the codes below paths of one length: (logits float32 [n, codes], log_normalizer float32 [n]).

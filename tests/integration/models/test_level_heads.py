@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atspeed.engine.bundle.manifest import MANIFEST
+from atspeed.engine.bundle.manifest import MANIFEST, fingerprint, hash_files, read_manifest, write_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.engine.model.tree_session import Selection
@@ -21,6 +22,7 @@ from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning
+from atspeed.training.level_heads_export import HEADS_DATA_FILE
 from draft_service.draft_kinds import drafter_of
 from draft_service.drafter import Drafted, DraftRequest
 from draft_service.level_heads_drafter import LevelHeadsDrafter
@@ -28,7 +30,7 @@ from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
 from tests.bundles import write_bundle
-from tests.catalogues import random_catalogue
+from tests.catalogues import random_catalogue, tailed_catalogue
 from tests.oracles.models import ModelDraft, Models, ModelTarget
 
 WIDTHS = BeamWidths.of(4)
@@ -61,8 +63,30 @@ def asked(models: Models, proposal: Proposal = Proposal.TOP) -> DraftRequest:
     return DraftRequest(prompt, Beams.root(), SIZE, proposal, Pruning.none(), noise=NOISE, with_evaluation=True)
 
 
-@pytest.mark.parametrize("policy", [Strict(WIDTHS), ExactSampling(WIDTHS, NOISE)], ids=lambda policy: policy.proposal)
+@pytest.fixture(scope="module", params=list(ScoringRule))
+def tailed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Paths of one to four codes, each with a tail."""
+    catalogue = tailed_catalogue(60, (6, 5, 4, 4), seed=4)
+    return Models.load(write_bundle(tmp_path_factory.mktemp("bundle"), catalogue, rule=request.param, draft_heads=True))
+
+
+POLICIES = pytest.mark.parametrize(
+    "policy", [Strict(WIDTHS), ExactSampling(WIDTHS, NOISE)], ids=lambda policy: policy.proposal
+)
+
+
+@POLICIES
+async def test_lists_of_paths_of_unequal_lengths_are_the_targets_own(tailed: Models, policy: Policy) -> None:
+    verify_bundle(tailed.bundle.root)
+    await check_lists(tailed, policy)
+
+
+@POLICIES
 async def test_lists_are_the_targets_own(models: Models, policy: Policy) -> None:
+    await check_lists(models, policy)
+
+
+async def check_lists(models: Models, policy: Policy) -> None:
     """Passes and beams of the target alone, and with plans of which some miss and others do not."""
     trie = models.catalogue.trie
     saved = 0
@@ -119,6 +143,20 @@ async def test_pruned_nodes_are_not_proposed(models: Models, proposal: Proposal)
     assert cut.live(made.node).all()
 
 
+async def test_plans_that_share_a_pass_are_those_made_alone(models: Models) -> None:
+    """Each tree of a pass reads the state behind its own prompt, cached or not."""
+    requests = [replace(asked(models), prompt=models.prompt(2 + seed, seed=seed)) for seed in range(6)]
+    alone = [await drafted(models, request) for request in requests]
+    async with drafter(models) as drafting:
+        for _ in range(2):
+            together = await asyncio.gather(*map(drafting.plan, requests))
+            assert max(made.cost.batch_requests for made in together) > 1
+            for made, expected in zip(together, alone, strict=True):
+                assert made.plan.node.tolist() == expected.plan.node.tolist()
+                assert np.allclose(made.plan.score, expected.plan.score, atol=1e-5)
+        assert sum(made.cost.cached_tokens for made in together) > 0
+
+
 async def test_request_for_no_level_takes_no_pass(models: Models) -> None:
     made = await drafted(models, replace(asked(models), size=PlanSize(WIDTHS, 1, 1, levels=0)))
     assert (made.passes, len(made.plan.node)) == (0, 0)
@@ -132,6 +170,10 @@ async def test_request_for_no_level_takes_no_pass(models: Models) -> None:
         ({"heads": ()}, r"heads: 0 files, but draft_kind is level-heads"),
         ({"draft_kind": "language-model"}, r"heads: 3 files, but draft_kind is language-model"),
         ({"heads": ("target/head1.onnx",) * 3}, r"heads: not in the folder of draft/model\.onnx"),
+        (
+            {"architecture": "t5", "encoder": {"path": "draft/head1.onnx", "decoder_start": 0}},
+            r"heads: they read the state of a decoder",
+        ),
     ],
 )
 def test_wrong_heads_are_refused_by_name(
@@ -144,6 +186,22 @@ def test_wrong_heads_are_refused_by_name(
     (root / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=problem):
         verify_bundle(root)
+
+
+def test_scores_that_are_not_finite_are_refused_by_the_name_of_the_head(models: Models, tmp_path: Path) -> None:
+    root = tmp_path / "bundle"
+    shutil.copytree(models.bundle.root, root)
+    weights = np.fromfile(root / "draft" / HEADS_DATA_FILE, dtype=np.float32)
+    weights[-len(weights) // 8 :] = np.nan  # of the last head
+    weights.tofile(root / "draft" / HEADS_DATA_FILE)
+    files = hash_files(root)
+    manifest = read_manifest(root)
+    assert manifest.draft is not None
+    draft = manifest.draft.model_copy(update={"fingerprint": fingerprint(files, "draft")})
+    write_manifest(root, manifest.model_copy(update={"draft": draft, "files": files}))
+    with pytest.raises(BundleError, match=r"draft/head3\.onnx: nan or inf in its scores"):
+        verify_bundle(root)
+    verify_bundle(models.bundle.root)
 
 
 def test_heads_of_another_catalogue_are_refused(models: Models) -> None:

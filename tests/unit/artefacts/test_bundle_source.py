@@ -345,6 +345,28 @@ def test_the_bundle_that_was_served_last_opens_without_the_store(
     assert UrlSource(f"{store}/second", source.keys, cache).remembered() is None
 
 
+def test_bundles_that_were_fetched_later_do_not_evict_the_one_that_was_served_last(
+    bundle: Bundle, store: str, cache: BundleCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five more are fetched and rejected; then the store is down."""
+    push_bundle(bundle.root, f"{store}/0", f"{store}/current")
+    source = UrlSource(f"{store}/current", None, cache)
+    served = source.look()
+    assert served
+    served.open(Event())
+    served.remember()
+    ids = [bundle.catalogue().id_of(item) for item in range(5)]
+    for number in range(1, 6):
+        other = update_catalogue(bundle, tmp_path / str(number), {}, ids[:number])
+        push_bundle(other.root, f"{store}/{number}", f"{store}/current")
+        opened(source)
+    assert len(list((tmp_path / "cache" / "bundles").iterdir())) == 4
+    unreachable(monkeypatch)
+    found = source.remembered()
+    assert found
+    assert content_of(found.open(Event())) == content_of(bundle)
+
+
 def test_a_cached_bundle_without_the_store_is_checked_as_any_other(
     bundle: Bundle, store: str, cache: BundleCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

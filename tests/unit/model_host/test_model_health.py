@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import pytest
 
 from atspeed.engine.errors import CapacityError, NoNumbersError, OverloadedError, PromptError
 from atspeed.model_host.model_health import ModelHealth
+from atspeed.observability import logs
 
 
 class Model:
@@ -18,11 +19,13 @@ class Model:
         self.health = ModelHealth(unhealthy_after, self.probe, self.on_change, first_pause_seconds=0)
         self.changes: asyncio.Queue[bool] = asyncio.Queue()
         self.probed = asyncio.Semaphore(0)
+        self.callers: list[Mapping[str, str]] = []
         self.works = False
         self.problem: Exception = MemoryError()
 
     async def probe(self) -> None:
         self.probed.release()
+        self.callers.append(logs.peer())
         if not self.works:
             raise self.problem
 
@@ -52,6 +55,16 @@ async def test_failures_in_a_row_make_it_unhealthy_until_a_probe_succeeds(model:
         assert await model.changes.get() is True
         model.works = False
     assert model.changes.empty()
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), NoNumbersError("")])
+async def test_log_lines_of_probes_name_no_caller(model: Model, error: Exception) -> None:
+    logs.bind_peer(lambda: {"peer": "10.0.0.1:5000"})
+    for _ in range(3):
+        model.health.record_failure(error)
+    for _ in range(2):
+        await model.probed.acquire()
+    assert model.callers == [{}] * len(model.callers)
 
 
 @pytest.mark.parametrize("error", [PromptError(""), CapacityError(""), OverloadedError("")])

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from atspeed.errors import UnavailableError
+from atspeed.observability import logs
 from atspeed.security import json_web_tokens
 from atspeed.security.callers import Caller, Grant
 from atspeed.security.json_web_tokens import Issuer, JsonWebTokens, KeySet, KeySetError, _SameScheme
@@ -228,6 +229,21 @@ async def test_a_silent_issuer_delays_only_calls_with_an_unknown_key(issuer: Tok
         assert asked == ["/keys"] * 2
 
 
+async def test_a_key_that_was_withdrawn_while_nobody_called_is_refused_at_once(issuer: TokenIssuer) -> None:
+    now, answers = [0.0], [issuer.key_set("rsa")]
+    with served(answers) as (url, asked):
+        keys = KeySet(url, lambda: now[0])
+        await keys.load()
+        tokens = JsonWebTokens(Issuer(ISSUER, AUDIENCE), keys)
+        answers[0] = issuer.key_set("ec")  # "rsa" is withdrawn
+        now[0] = 86_400
+        assert await asyncio.gather(*[tokens.authenticate(issuer.token("rsa")) for _ in range(3)]) == [None] * 3
+        assert len(asked) == 2
+        answers[0] = ""  # the issuer fails, and its keys stay
+        now[0] *= 2
+        assert await tokens.authenticate(issuer.token("ec")) is not None
+
+
 async def test_a_call_waits_for_a_silent_issuer_for_a_limited_time(
     issuer: TokenIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +278,20 @@ async def test_an_issuer_that_does_not_speak_http_is_an_unreadable_one(answer: b
         await keys.load()
         with pytest.raises(UnavailableError):
             await keys.key("ec")
+
+
+async def test_log_lines_of_a_reading_name_no_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    described: list[object] = []
+    keys = KeySet("https://issuer.example/keys")
+
+    async def read() -> None:
+        described.append(logs.peer())
+
+    monkeypatch.setattr(keys, "_read", read)
+    logs.bind_peer(lambda: {"peer": "10.0.0.1:5000"})
+    with pytest.raises(UnavailableError):
+        await keys.key("ec")
+    assert described == [{}]
 
 
 async def test_without_any_keys_a_call_may_come_again(issuer: TokenIssuer) -> None:
