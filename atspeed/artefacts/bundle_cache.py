@@ -86,7 +86,7 @@ class BundleCache:
             raise BundleError(f"{error.filename or self._folder}: {error.strerror}") from error
         return Bundle(root, manifest)
 
-    def remember(self, served: ServedBundle) -> None:
+    def record_served(self, served: ServedBundle) -> None:
         """Replace the record of a URL, if the cache has the bundle. Raises BundleError."""
         if self.manifest(served) is None:
             return
@@ -96,7 +96,7 @@ class BundleCache:
         except OSError as error:
             raise BundleError(f"{error.filename or self._folder}: {error.strerror}") from error
 
-    def remembered(self, url: str) -> ServedBundle | None:
+    def last_served(self, url: str) -> ServedBundle | None:
         """Return the record of a URL; None without a valid one."""
         try:
             served = ServedBundle.model_validate_json(self._record(url).read_bytes())

@@ -45,7 +45,7 @@ class NamedBundle(Protocol):
     def open(self, stop: Event) -> Bundle:
         """Return the bundle in a local folder. It may take minutes, and ends early once `stop` is set."""
 
-    def remember(self) -> None:
+    def record_served(self) -> None:
         """Record in the cache that the bundle is served, for a start without the store. Raises BundleError when this fails."""
 
 
@@ -59,7 +59,7 @@ class BundleSource(Protocol):
     def look(self) -> NamedBundle | None:
         """Return the bundle that the place names now; None without one. Raises StoreError when the store cannot say."""
 
-    def remembered(self) -> NamedBundle | None:
+    def last_served(self) -> NamedBundle | None:
         """Return the last served bundle from the cache, without the store; None if there is none."""
 
 
@@ -86,7 +86,7 @@ class _Folder:
     def open(self, stop: Event) -> Bundle:  # noqa: ARG002 - it takes no time
         return Bundle(self.root, self._manifest())
 
-    def remember(self) -> None:
+    def record_served(self) -> None:
         """Do nothing: a folder is always there."""
 
     def _manifest(self) -> Manifest:
@@ -124,7 +124,7 @@ class LinkSource:
         signed = file_signature(root / SIGNATURE) if self._keys else None
         return _Folder(root, (str(root), found, signed), self._keys)
 
-    def remembered(self) -> None:
+    def last_served(self) -> None:
         """Return None: a folder needs no store."""
         return
 
@@ -157,10 +157,10 @@ class _Stored:
             text = str(error)
             raise BundleError(text if place in text else f"{place}: {text}") from error
 
-    def remember(self) -> None:
+    def record_served(self) -> None:
         digest = hashlib.sha256(self.content).hexdigest()
         signature = None if self.signature is None else base64.b64encode(self.signature)
-        self.source.cache.remember(
+        self.source.cache.record_served(
             ServedBundle(url=self.source.place, place=self.place, manifest=digest, signature=signature)
         )
 
@@ -194,9 +194,9 @@ class UrlSource:
         """Return the bundle that the URL names now."""
         return self._stored(self._url) or self._linked()
 
-    def remembered(self) -> NamedBundle | None:
+    def last_served(self) -> NamedBundle | None:
         """Return the last served bundle from the cache. Its signature and files are checked like those of the store."""
-        served = self.cache.remembered(self._url)
+        served = self.cache.last_served(self._url)
         content = self.cache.manifest(served) if served else None
         return _Stored(served.place, content, served.signature, self) if served and content else None
 

@@ -58,7 +58,7 @@ async def open_first(source: BundleSource) -> Bundle:
             raise BundleError(f"{source.place}/{MANIFEST}: No such file or directory")
         return await open_named(named)
     except StoreError as error:
-        named = await asyncio.to_thread(source.remembered)
+        named = await asyncio.to_thread(source.last_served)
         if named is None:
             raise
         bundle = await open_named(named)

@@ -108,7 +108,7 @@ class BundleWatch:
             return
         self._seen = named.revision
         if version == self.served:
-            await self._remember(named)
+            await self._record_served(named)
         await self._change_to(named, version)
 
     async def _change_to(self, named: NamedBundle, version: str) -> None:
@@ -154,13 +154,13 @@ class BundleWatch:
             self.activated += 1
             self.served = version
             self._log.info("bundle_activated", root=named.place, version=version)
-            await self._remember(named)
+            await self._record_served(named)
         self.pending = None
 
-    async def _remember(self, named: NamedBundle) -> None:
+    async def _record_served(self, named: NamedBundle) -> None:
         """Record this bundle, which is served, for a start without the store."""
         try:
-            await asyncio.to_thread(named.remember)
+            await asyncio.to_thread(named.record_served)
         except BundleError as error:
             self._log.warning("bundle_not_recorded", reason=" ".join(str(error).split()))
 

@@ -40,7 +40,7 @@ class TableTarget:
     def __init__(self, trie: Trie, model_version: str) -> None:
         rng = np.random.default_rng(7)
         self._trie, self._version = trie, model_version
-        self._alone, self._in_company = (
+        self._alone, self._with_others = (
             rng.normal(size=(trie.nodes, trie.columns)).astype(np.float32) * 2 for _ in range(2)
         )
         evaluate = grpc.stream_stream_rpc_method_handler(
@@ -68,7 +68,7 @@ class TableTarget:
                 pruning = wire.pruning(request.start, "start.", self._trie)
             nodes = wire.node_ids(request.nodes, "nodes", self._trie)
             depths = self._trie.depth(nodes)
-            logits = (self._alone if depths[0] == depths[-1] else self._in_company)[nodes]
+            logits = (self._alone if depths[0] == depths[-1] else self._with_others)[nodes]
             evaluation = best_children(
                 self._trie,
                 nodes,

@@ -331,18 +331,18 @@ def test_the_bundle_that_was_served_last_opens_without_the_store(
     change(f"{store}/current", b"first\n")
     served = source.look()
     assert served
-    served.remember()
-    assert source.remembered() is None, "the cache does not have it yet"
+    served.record_served()
+    assert source.last_served() is None, "the cache does not have it yet"
     served.open(Event())
-    served.remember()
+    served.record_served()
     change(f"{store}/current", b"second\n")
     opened(source)
     unreachable(monkeypatch)
-    found = source.remembered()
+    found = source.last_served()
     assert found
     assert (found.place, found.revision) == (f"{store}/first", served.revision)
     assert content_of(found.open(Event())) == content_of(bundle)
-    assert UrlSource(f"{store}/second", source.keys, cache).remembered() is None
+    assert UrlSource(f"{store}/second", source.keys, cache).last_served() is None
 
 
 def test_bundles_that_were_fetched_later_do_not_evict_the_one_that_was_served_last(
@@ -354,7 +354,7 @@ def test_bundles_that_were_fetched_later_do_not_evict_the_one_that_was_served_la
     served = source.look()
     assert served
     served.open(Event())
-    served.remember()
+    served.record_served()
     ids = [bundle.catalogue().id_of(item) for item in range(5)]
     for number in range(1, 6):
         other = update_catalogue(bundle, tmp_path / str(number), {}, ids[:number])
@@ -362,7 +362,7 @@ def test_bundles_that_were_fetched_later_do_not_evict_the_one_that_was_served_la
         opened(source)
     assert len(list((tmp_path / "cache" / "bundles").iterdir())) == 4
     unreachable(monkeypatch)
-    found = source.remembered()
+    found = source.last_served()
     assert found
     assert content_of(found.open(Event())) == content_of(bundle)
 
@@ -378,9 +378,9 @@ def test_a_cached_bundle_without_the_store_is_checked_as_any_other(
     named = source.look()
     assert named
     found = named.open(Event())
-    named.remember()
+    named.record_served()
     unreachable(monkeypatch)
-    stranger = UrlSource(f"{store}/first", TrustedKeys(theirs.public), cache).remembered()
+    stranger = UrlSource(f"{store}/first", TrustedKeys(theirs.public), cache).last_served()
     assert stranger
     with pytest.raises(BundleError, match="not signed by a key of"):
         stranger.open(Event())
@@ -388,12 +388,12 @@ def test_a_cached_bundle_without_the_store_is_checked_as_any_other(
     whole = record.read_bytes()
     for wrong in (whole[:-5], b"", b"[]", whole.replace(b"/first", b"/other")):
         record.write_bytes(wrong)
-        assert source.remembered() is None
+        assert source.last_served() is None
     record.write_bytes(whole)
     (found.root / next(iter(found.manifest.files))).write_bytes(b"damaged")
-    again = source.remembered()
+    again = source.last_served()
     assert again
     with pytest.raises(StoreError, match="down"):
         again.open(Event())
     (found.root / MANIFEST).write_bytes(b"{}")
-    assert source.remembered() is None
+    assert source.last_served() is None

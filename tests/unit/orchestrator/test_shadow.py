@@ -74,8 +74,8 @@ class Table:
         if self.down:
             raise UnavailableError("no target replica could answer")
         depths = self.world.trie.depth(nodes)
-        in_company = depths[0] != depths[-1]
-        world = self.other if self.fault and in_company else self.world
+        with_others = depths[0] != depths[-1]
+        world = self.other if self.fault and with_others else self.world
         return world.evaluate(nodes, self.request.pruning, self.limit)
 
     def close(self) -> None:

@@ -220,7 +220,7 @@ class Unsteady:
         named = self._source.look()
         return Fetched(named, self) if named else None
 
-    def remembered(self) -> NamedBundle | None:
+    def last_served(self) -> NamedBundle | None:
         return self.last
 
 
@@ -236,7 +236,7 @@ class Fetched:
             raise StoreError(f"{self.place}: connection reset")
         return self._named.open(stop)
 
-    def remember(self) -> None:
+    def record_served(self) -> None:
         self._source.noted.append(Path(self.place).name)
 
 
@@ -260,7 +260,7 @@ async def test_store_that_cannot_be_reached_rejects_nothing_and_is_asked_again(
     assert (host.activated, host.watch.unreachable) == (["second"], 3)
 
 
-async def test_only_bundles_that_are_served_are_remembered(unsteady: tuple[Host, Unsteady]) -> None:
+async def test_only_bundles_that_are_served_are_recorded(unsteady: tuple[Host, Unsteady]) -> None:
     host, source = unsteady
     for name in ("first", "bad", "first", "second", "bad", "second"):
         await host.point_to(name)
@@ -268,7 +268,7 @@ async def test_only_bundles_that_are_served_are_remembered(unsteady: tuple[Host,
     assert source.noted == ["first", "first", "second", "second"]
 
 
-async def test_a_start_takes_the_remembered_bundle_only_while_the_store_cannot_say(
+async def test_a_start_takes_the_last_served_bundle_only_while_the_store_cannot_say(
     unsteady: tuple[Host, Unsteady],
 ) -> None:
     host, source = unsteady
