@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.manifest import MANIFEST, fingerprint, hash_files, read_manifest, write_manifest
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import verify_bundle
@@ -201,6 +202,9 @@ def test_scores_that_are_not_finite_are_refused_by_the_name_of_the_head(models: 
     write_manifest(root, manifest.model_copy(update={"draft": draft, "files": files}))
     with pytest.raises(BundleError, match=r"draft/head3\.onnx: nan or inf in its scores"):
         verify_bundle(root)
+    broken = Models.load(replace(models.bundle, bundle=Bundle(root)))
+    with pytest.raises(BundleError, match=r"draft/head3\.onnx: nan or inf in its scores"):
+        drafter_of(broken.evaluator("draft"))
     verify_bundle(models.bundle.root)
 
 
