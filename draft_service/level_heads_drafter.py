@@ -24,7 +24,8 @@ from draft_service.plan_growth import PlanGrowth, PlanRules
 class LevelHeadsDrafter:
     """Proposes nodes by beam search with the heads of a draft, which read its state after the prompt.
 
-    Raises BundleError, naming the field, when the model has no heads, or heads of other codes than the catalogue's.
+    Raises BundleError, naming the field, when the model has no heads, heads of other codes than the catalogue's, or
+    heads whose scores are not finite.
     """
 
     def __init__(self, evaluator: TreeEvaluator) -> None:
@@ -32,6 +33,7 @@ class LevelHeadsDrafter:
         if not isinstance(decoder, LevelHeadsDecoder):
             raise BundleError(f"{MANIFEST}: draft.heads: run on the host only; set kv_paged to never")
         decoder.check_codes(trie.codebook_sizes[1:])
+        decoder.check_finite(trie.codebook_sizes)  # probes of the model's health make passes of the decoder alone
         self._evaluator = evaluator
         self._heads = HeadsEvaluation(trie, evaluator.rule, decoder.score)
         self._rules = PlanRules.of(evaluator)

@@ -35,10 +35,12 @@ class WeightsKey:
     Attributes:
         fingerprint: hash of the weights.
         layout: layout of the KV.
+        heads: the heads that are loaded with them.
     """
 
     fingerprint: str
     layout: KvLayout
+    heads: tuple[str, ...]
 
 
 def weights_key(settings: ModelSettings, entry: ModelEntry, item_codes: int) -> WeightsKey:
@@ -49,7 +51,7 @@ def weights_key(settings: ModelSettings, entry: ModelEntry, item_codes: int) -> 
     block_tokens = settings.kv_block_tokens or entry.prompt.item_stride(item_codes)
     dtype = entry.device_kv_dtype if settings.paged else entry.kv_dtype
     layout = KvLayout(entry.layers, entry.kv_heads, entry.head_dim, dtype, block_tokens=block_tokens)
-    return WeightsKey(entry.fingerprint, layout)
+    return WeightsKey(entry.fingerprint, layout, entry.heads)
 
 
 @dataclass(eq=False)

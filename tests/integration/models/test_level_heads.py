@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atspeed.engine.bundle.manifest import MANIFEST, fingerprint, hash_files, read_manifest, write_manifest
+from atspeed.engine.bundle.bundle import Bundle
+from atspeed.engine.bundle.manifest import (
+    LANGUAGE_MODEL,
+    MANIFEST,
+    fingerprint,
+    hash_files,
+    read_manifest,
+    write_manifest,
+)
 from atspeed.engine.errors import BundleError
 from atspeed.engine.model.bundle_check import verify_bundle
 from atspeed.engine.model.tree_session import Selection
@@ -22,10 +30,13 @@ from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning
+from atspeed.model_host.hosted_models import served_models
 from atspeed.training.level_heads_export import HEADS_DATA_FILE
-from draft_service.draft_kinds import drafter_of
+from draft_service.draft_kinds import drafter_of, make_drafter
 from draft_service.drafter import Drafted, DraftRequest
+from draft_service.language_model_drafter import LanguageModelDrafter
 from draft_service.level_heads_drafter import LevelHeadsDrafter
+from draft_service.settings import DraftSettings
 from orchestrator.planning.sized_draft import NoDraft
 from orchestrator.search.beam_loop import beam_search
 from orchestrator.search.policies import ExactSampling, Policy, Strict
@@ -201,7 +212,25 @@ def test_scores_that_are_not_finite_are_refused_by_the_name_of_the_head(models: 
     write_manifest(root, manifest.model_copy(update={"draft": draft, "files": files}))
     with pytest.raises(BundleError, match=r"draft/head3\.onnx: nan or inf in its scores"):
         verify_bundle(root)
+    broken = Models.load(replace(models.bundle, bundle=Bundle(root)))
+    with pytest.raises(BundleError, match=r"draft/head3\.onnx: nan or inf in its scores"):
+        drafter_of(broken.evaluator("draft"))
     verify_bundle(models.bundle.root)
+
+
+async def test_a_bundle_with_the_heads_of_a_served_language_model_loads_them(models: Models, tmp_path: Path) -> None:
+    """Both manifests name the same files, so they have one fingerprint."""
+    root = models.bundle.root
+    plain, manifest = tmp_path / "plain", read_manifest(root)
+    shutil.copytree(root, plain)
+    assert manifest.draft is not None
+    draft = manifest.draft.model_copy(update={"heads": (), "draft_kind": LANGUAGE_MODEL})
+    write_manifest(plain, manifest.model_copy(update={"draft": draft}))
+    settings = DraftSettings(bundle=plain, threads=1, warm_up_seconds=0)
+    async with served_models(settings, "draft", make_drafter) as hosted:
+        assert isinstance(hosted.stable.worker, LanguageModelDrafter)
+        await hosted.activate(Bundle(root))
+        assert isinstance(hosted.stable.worker, LevelHeadsDrafter)
 
 
 def test_heads_of_another_catalogue_are_refused(models: Models) -> None:
