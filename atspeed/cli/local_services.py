@@ -53,6 +53,11 @@ class Services:
     metrics: int | None
     tokens: Mapping[str, object]
 
+    @property
+    def count(self) -> int:
+        """The number of services, the orchestrator among them."""
+        return self.targets + self.drafts + 1
+
 
 def serve(asked: Services) -> None:
     """Run the services until SIGTERM or Ctrl-C. Raises CommandError when one ends."""
@@ -63,6 +68,9 @@ def serve(asked: Services) -> None:
         free_port(asked.http, "HTTP")
     if asked.metrics is not None:
         free_port(asked.metrics, "Prometheus")
+        if asked.metrics:
+            for place in range(1, asked.count + 1):
+                free_port(asked.metrics + place, "the metrics of a service")
     with interruptible(), ExitStack() as running:
         try:
             _run(asked, running)

@@ -38,7 +38,9 @@ def token(
     ] = None,
     burst: Annotated[
         float | None,
-        typer.Option(min=1, max=1e6, help="Requests that may come at once; by default those of two seconds."),
+        typer.Option(
+            min=1, max=1e6, help="Requests that may come at once; by default those of two seconds, 3 at least."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -22,4 +22,6 @@ def free_port(wanted: int, purpose: str) -> int:
             probe.bind((_HOST, wanted))
         except OSError as error:
             raise PortTakenError(f"{_HOST}:{wanted}: cannot listen for {purpose}: {error.strerror}") from None
+        except OverflowError:
+            raise PortTakenError(f"{wanted}: is no port; the last one is 65535, and {purpose} needs this one") from None
         return int(probe.getsockname()[1])

@@ -23,7 +23,7 @@ from atspeed.observability.metrics import ServerMetrics
 from atspeed.rpc.handlers import Behaviour, Context, Handler, wrap_handler
 from atspeed.rpc.rotating_channel import AUTHORIZATION
 from atspeed.security.callers import Authenticator, Caller
-from atspeed.security.quotas import Quotas
+from atspeed.security.quotas import LARGEST_CALL, Quotas
 from atspeed.security.scopes import METADATA_SCOPES, METHOD_SCOPES, OPEN_TO_ALL
 from atspeed.v1.recommendation_pb2 import ExplainRequest
 
@@ -32,8 +32,6 @@ _NO_TOKEN = "this service wants `authorization: Bearer TOKEN`"  # noqa: S105 - t
 _BAD_TOKEN = "the token is not valid here"  # noqa: S105 - the text of an error
 _TENANT = "tenant"
 _REQUESTS = "requests"
-# One for the paths of the items and one for the wider list; see orchestrator/explanation/explain.py.
-_SEARCHES_FOR_ABSENT_ITEMS = 2
 
 
 _caller: ContextVar[Caller] = ContextVar("caller")
@@ -144,7 +142,7 @@ def _check_quota(message: Any, quotas: Quotas) -> Any:
 def price(message: Any) -> int:
     """Return the number of requests that a message counts as: one per search, and at least one."""
     if isinstance(message, ExplainRequest):
-        return _SEARCHES_FOR_ABSENT_ITEMS + 1 if message.item_ids else 1
+        return LARGEST_CALL if message.item_ids else 1
     if isinstance(message, Message) and _REQUESTS in message.DESCRIPTOR.fields_by_name:
         return max(1, len(getattr(message, _REQUESTS)))
     return 1

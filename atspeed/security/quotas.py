@@ -18,6 +18,12 @@ from atspeed.errors import Reason, ResourceExhaustedError
 # was probably full again.
 _MAX_CALLERS: Final = 10_000
 
+LARGEST_CALL = 3
+"""Requests that an explanation with items counts as, the most expensive call.
+
+Its searches are the list, the paths of the items and the wider list; see orchestrator/explanation/explain.py.
+"""
+
 
 @dataclass(frozen=True)
 class Quota:
@@ -33,8 +39,11 @@ class Quota:
 
 
 def quota_of(rate: float | None, burst: float | None) -> Quota | None:
-    """Return the quota of a rate in requests a second, with a burst of two seconds by default; None without a rate."""
-    return None if rate is None else Quota(rate, burst if burst is not None else max(1.0, 2 * rate))
+    """Return the quota of a rate in requests a second; None without a rate.
+
+    The default burst is that of two seconds, and large enough for the most expensive call.
+    """
+    return None if rate is None else Quota(rate, burst if burst is not None else max(LARGEST_CALL, 2 * rate))
 
 
 class Quotas:

@@ -6,7 +6,7 @@
     tenants = ["acme"]                   # the only tenants that calls may name; default: all
     expires = 2027-01-31T00:00:00Z       # default: never
     requests_per_second = 50             # of one replica; default: no limit
-    burst = 200                          # requests at once; default: those of two seconds
+    burst = 200                          # requests at once; default: those of two seconds, 3 at least
 
 The hash covers the whole token. A plain SHA-256 is enough, as `new_token` has 256 random bits.
 """
@@ -48,7 +48,7 @@ class TokenEntry(BaseModel):
         tenants: tenants that calls may name; None for all.
         expires: end of the token's validity; None for never.
         requests_per_second: requests that the caller may make; None for no limit.
-        burst: requests that the caller may make at once; None for those of two seconds, and one at least.
+        burst: requests that the caller may make at once; None for those of two seconds, and three at least.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

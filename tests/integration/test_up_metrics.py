@@ -117,6 +117,14 @@ def test_without_prometheus_the_ports_follow_the_one_that_is_named(made: TestBun
     assert ports == [port + 1, port + 2]
 
 
+def test_a_port_of_the_metrics_that_is_taken_or_too_large_is_said_first(made: TestBundle) -> None:
+    options = ["up", "--bundle", made.root, "--drafts", 0, "--port", 0, "--metrics"]
+    assert "65536: is no port" in one_line(run(*options, 65534))
+    port = first_of(3)
+    with socket.create_server(("127.0.0.1", port + 2)):
+        assert f"127.0.0.1:{port + 2}: cannot listen for the metrics of a service" in one_line(run(*options, port))
+
+
 def test_tokens_of_a_file_and_of_an_issuer_open_the_services(made: TestBundle, tmp_path: Path) -> None:
     issuer = TokenIssuer()
     write_tokens(tmp_path / "tokens.toml", {"me": 'scopes = ["read"]\nrequests_per_second = 0.001\nburst = 2'})

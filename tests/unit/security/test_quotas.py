@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atspeed.errors import Reason, ResourceExhaustedError
-from atspeed.security.quotas import Quota, Quotas
+from atspeed.security.quotas import LARGEST_CALL, Quota, Quotas, quota_of
 
 
 class Clock:
@@ -76,3 +76,10 @@ def test_callers_that_were_silent_longest_are_forgotten_first() -> None:
         quotas.take("first", quota, 1)  # still known, and now the latest one
     quotas.take("one more", quota, 1)
     quotas.take("caller-0", quota, 1)  # forgotten, so its bucket is full again
+
+
+def test_a_default_burst_lets_the_most_expensive_call_in() -> None:
+    assert quota_of(0.5, None) == Quota(0.5, LARGEST_CALL)
+    assert quota_of(50, None) == Quota(50, 100)
+    assert quota_of(50, 1) == Quota(50, 1)
+    assert quota_of(None, None) is None
