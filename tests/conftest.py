@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import redis
+import structlog
 from redis.asyncio import Redis
 
 from atspeed.engine.kv.redis_client import connect
 from atspeed.local.redis_server import LocalRedis
-from tests.process_state import StructlogSetUp, changed, process_state
+from tests.process_state import changed, process_state
 from tests.profiles import register
 
 MAX_MEMORY = "256mb"
@@ -24,9 +25,10 @@ register()
 @pytest.fixture(autouse=True)
 def unchanged_process() -> Iterator[None]:
     """Fail a test that leaves the state of the process changed: a later test could fail or pass because of it."""
-    before, structlog_set_up = process_state(), StructlogSetUp()
+    before = process_state()
     yield
-    structlog_set_up.put_back()
+    # A recommender in this process sets structlog up, maybe in a fixture of a module: the next module sees the defaults.
+    structlog.reset_defaults()
     if names := changed(before):
         pytest.fail(f"the test left this process changed: {names}")
 

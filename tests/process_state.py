@@ -9,8 +9,6 @@ import sys
 import threading
 from typing import Any
 
-import structlog
-
 # Not SIGHUP: an event loop that handled it leaves the default, while `nohup` has it ignored.
 _SIGNALS = (signal.SIGCHLD, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM)
 # Libraries of training set others of their own when they are imported, and gRPC reads one that a channel by key sets for good.
@@ -51,17 +49,3 @@ def changed(before: dict[str, Any]) -> str:
     """Return the names of what has changed since `before`; empty if nothing has."""
     now = process_state()
     return ", ".join(name for name, value in before.items() if now[name] != value)
-
-
-class StructlogSetUp:
-    """The set-up of structlog. A recommender in this process changes it, as it would in a notebook."""
-
-    def __init__(self) -> None:
-        self._was = structlog.get_config() if structlog.is_configured() else None
-
-    def put_back(self) -> None:
-        """Configure structlog as it was."""
-        if self._was is None:
-            structlog.reset_defaults()
-        else:
-            structlog.configure(**self._was)

@@ -9,9 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
-import structlog
 
-from tests.process_state import StructlogSetUp, changed, process_state
+from tests.process_state import changed, process_state
 
 
 def test_nothing_changed() -> None:
@@ -33,16 +32,3 @@ def test_every_change_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         logging.root.setLevel(level)
     monkeypatch.undo()
     assert changed(before) == ""
-
-
-def test_structlog_is_put_back() -> None:
-    was = structlog.get_config()
-    set_up = StructlogSetUp()
-    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
-    set_up.put_back()
-    assert structlog.get_config() == was
-    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
-    configured = StructlogSetUp()
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory())
-    configured.put_back()
-    assert isinstance(structlog.get_config()["logger_factory"], structlog.ReturnLoggerFactory)

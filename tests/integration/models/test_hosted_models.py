@@ -80,7 +80,7 @@ async def test_cost_curve_is_measured_and_published(root: Path) -> None:
         model = models.stable
         curve = wire.cost_curve(model.info.cost_curve, "cost_curve")
         assert (curve.new_tokens.tolist(), curve.cached_tokens.tolist()) == ([1, 64], [0, 8, 16])
-        np.testing.assert_array_equal(curve.forward_ns, measured(model).forward_ns)
+        np.testing.assert_allclose(curve.forward_ns, measured(model).forward_ns, rtol=1e-12)  # smoothed once more
 
 
 async def test_no_pass_of_the_measurement_is_longer_than_the_model(root: Path) -> None:

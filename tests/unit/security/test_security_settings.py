@@ -13,7 +13,7 @@ from atspeed.errors import StartupError
 from atspeed.local.certificates import LocalCertificates
 from atspeed.rpc.server import running
 from atspeed.security.callers import Caller, Grant
-from atspeed.security.quotas import Quota
+from atspeed.security.quotas import LARGEST_CALL, Quota
 from atspeed.security.scopes import Scope
 from atspeed.security.tls import ClientTls, TlsError, TlsFiles, WatchedPems
 from atspeed.security.tokens import TokenError, TokenFile, Tokens, hash_token, new_token, read_tokens
@@ -207,7 +207,7 @@ async def test_a_token_is_known_by_its_hash(tokens: Path) -> None:
     ("lines", "quota"),
     [
         ("requests_per_second = 50", Quota(50, 100)),
-        ("requests_per_second = 0.1", Quota(0.1, 1)),
+        ("requests_per_second = 0.1", Quota(0.1, LARGEST_CALL)),
         ("requests_per_second = 50\nburst = 5", Quota(50, 5)),
         ("", None),
     ],
