@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 from atspeed.batch.lists import ListFolder
 from atspeed.batch.local_lists import local_lists
@@ -50,11 +50,22 @@ class BatchRow:
     of_bare: float
 
 
-COLUMNS: Columns[BatchRow] = (
-    ("", lambda row: row.way),
+class HasRates(Protocol):
+    """A row with lists per second, one number for each turn."""
+
+    @property
+    def per_second(self) -> list[float]:
+        """Lists per second of each turn."""
+
+
+RATES: Columns[HasRates] = (
     ("lists/s, median", lambda row: f"{median(row.per_second):,.1f}"),
     ("least", lambda row: f"{min(row.per_second):,.1f}"),
     ("most", lambda row: f"{max(row.per_second):,.1f}"),
+)
+COLUMNS: Columns[BatchRow] = (
+    ("", lambda row: row.way),
+    *RATES,
     ("of the bare runner", lambda row: f"{row.of_bare:.3f}"),
 )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from atspeed.benchmarks.batch import RATES
 from atspeed.benchmarks.results import BenchmarkError, Columns
 from atspeed.benchmarks.services import progress_bar
 
@@ -43,9 +44,7 @@ class RayRow:
 
 COLUMNS: Columns[RayRow] = (
     ("workers", lambda row: str(row.workers)),
-    ("lists/s, median", lambda row: f"{median(row.per_second):,.1f}"),
-    ("least", lambda row: f"{min(row.per_second):,.1f}"),
-    ("most", lambda row: f"{max(row.per_second):,.1f}"),
+    *RATES,
     ("of the first row", lambda row: f"{row.of_first:.2f}"),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -140,15 +141,8 @@ def up(
     http = console if http is None else http
     if http_host and http is None:
         raise typer.BadParameter("--http-host needs --http or --console")
-    tokens = {
-        "tokens-file": tokens_file and tokens_file.absolute(),
-        "jwt-keys": jwt_keys,
-        "jwt-issuer": jwt_issuer,
-        "jwt-audience": jwt_audience,
-        "jwt-requests-per-second": jwt_requests_per_second,
-    }
-    tokens = {name: value for name, value in tokens.items() if value}
-    _check_jwt({name for name in tokens if name.startswith("jwt-")})
+    jwt = {"keys": jwt_keys, "issuer": jwt_issuer, "audience": jwt_audience}
+    tokens = _token_settings(tokens_file, {**jwt, "requests-per-second": jwt_requests_per_second})
     serve(
         Services(
             bundle=bundle,
@@ -169,10 +163,13 @@ def up(
     )
 
 
-def _check_jwt(given: set[str]) -> None:
+def _token_settings(tokens_file: Path | None, jwt: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings that were given. Raises typer.BadParameter for a part of those that belong together."""
+    given: dict[str, object] = {f"jwt-{name}": value for name, value in jwt.items() if value}
     needed = ("jwt-keys", "jwt-issuer", "jwt-audience")
-    if given and not given.issuperset(needed):
+    if given and not given.keys() >= set(needed):
         raise typer.BadParameter(", ".join(f"--{name}" for name in needed) + " must be given together")
+    return given | ({"tokens-file": tokens_file.absolute()} if tokens_file else {})
 
 
 def _drafts(bundle: Path, asked: int | None) -> int:

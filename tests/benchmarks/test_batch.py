@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ from typer.testing import CliRunner
 from atspeed.cli import main
 from tests.bundles import write_bundle
 from tests.catalogues import random_catalogue
+
+with contextlib.suppress(ImportError):  # here, since it sets hooks of this process, which a test must leave as they are
+    import_module("ray.data")
 
 
 def test_rates_of_a_batch_beside_the_bare_runner(tmp_path: Path) -> None:
