@@ -28,7 +28,7 @@ from atspeed.engine.errors import BundleError
 
 _KEPT = 4
 """Bundles that stay: those of two tracks, and the one before each."""
-_REMEMBERED = 2  # of them, those of the latest records, however many were fetched since: one of each track
+_KEPT_SERVED = 2  # of them, those of the latest records, however many were fetched since: one of each track
 _UNUSED_SECONDS = 3600.0  # a file that no bundle holds yet may be another process's
 
 
@@ -165,7 +165,7 @@ class BundleCache:
             with suppress(OSError, ValidationError):
                 served = ServedBundle.model_validate_json(record.read_bytes())
                 found[served.manifest] = max(record.stat().st_mtime, found.get(served.manifest, 0.0))
-        return sorted(found, key=found.__getitem__)[-_REMEMBERED:]
+        return sorted(found, key=found.__getitem__)[-_KEPT_SERVED:]
 
 
 @contextmanager

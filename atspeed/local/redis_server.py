@@ -20,6 +20,7 @@ from typing import IO
 
 from atspeed.engine.kv.redis_url import check_redis_url
 from atspeed.local.child_process import ChildProcess
+from atspeed.local.free_ports import free_port
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 20.0  # loading a large data folder takes seconds
@@ -66,7 +67,7 @@ class LocalRedis:
             return
         self._discard()
         # Another process may take a free port before the server binds it: then another port is tried.
-        ports = [self._port] if self._port else [_free_port() for _ in range(_PORT_ATTEMPTS)]
+        ports = [self._port] if self._port else [free_port(0, "Redis") for _ in range(_PORT_ATTEMPTS)]
         for port in ports:
             try:
                 self._launch(port)
@@ -207,12 +208,6 @@ def _locked(file: IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def _answers_as(port: int, pid: int) -> bool:

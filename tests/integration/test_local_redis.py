@@ -16,6 +16,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 import atspeed.local.redis_server
+from atspeed.local.free_ports import free_port
 from atspeed.local.redis_server import LocalRedis, LocalRedisError, local_redis, server_binary
 
 LIVENESS_SECONDS = 30.0
@@ -132,9 +133,8 @@ def test_another_server_on_the_port_is_recognised(redis_server: LocalRedis, redi
 
 def test_free_port_taken_by_another_process_is_replaced(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = int(redis_url.rsplit(":", 1)[1].split("/")[0])
-    free = atspeed.local.redis_server._free_port
-    ports = iter([taken, taken, free(), free(), free()])
-    monkeypatch.setattr(atspeed.local.redis_server, "_free_port", lambda: next(ports))
+    ports = iter([taken, taken, *(free_port(0, "a test") for _ in range(3))])
+    monkeypatch.setattr(atspeed.local.redis_server, "free_port", lambda *_: next(ports))
     with LocalRedis() as server:
         assert server.url != redis_url
 
