@@ -27,8 +27,8 @@ from orchestrator.planning.usage import Usage
 _REQUEST_FAILURES = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.CANCELLED}
 # Errors of grpc.aio that are no AioRpcError: the channel closed, or the call ended, during the call.
 _CLOSED = (grpc.aio.BaseError, asyncio.InvalidStateError)
-# Failures in a row that open the circuit. One sick replica of several rarely fails so often in a row, since the others' successes
-# come in between.
+# Plans in a row without an answer that open the circuit. A plan that a second replica answered is none of them: concurrent
+# requests may all meet one sick replica, and are all served.
 _FAILURE_THRESHOLD = 3
 # Characters of a model version: 16 times the 16 of a bundle's hash. A reply to a client carries the version, so it is bounded.
 _MAX_VERSION_LENGTH = 256
@@ -114,9 +114,15 @@ class DraftSession:
         if self.degraded_reason is not None:
             return Plan.empty(below)
         started_ns = time.perf_counter_ns()
+        seconds = min(self._client.timeout, seconds)
+        # The draft's health is not to blame when the request's own deadline is shorter than the time for a plan.
+        short_deadline = self._request.deadline.left() < seconds
         try:
-            plan = await self._plan_with_retry(below, size, min(self._client.timeout, seconds))
+            plan = await self._plan_with_retry(below, size, seconds)
         except (grpc.aio.AioRpcError, *_CLOSED, BadReplyError) as error:
+            if not _is_request_failure(error) and not (short_deadline and _is_late(error)):
+                hint = retry_after_seconds(error) if isinstance(error, grpc.aio.AioRpcError) else None
+                self._client.circuit.record_failure(hint)
             self.degraded_reason = _reason(error)
             return Plan.empty(below)
         finally:
@@ -143,24 +149,13 @@ class DraftSession:
         self, route: Route[draft_pb2_grpc.DraftServiceAsyncStub], below: Beams, size: PlanSize, seconds: float
     ) -> Plan:
         """Make one call. Raises grpc.aio.AioRpcError, BadReplyError, or one of _CLOSED."""
-        left = self._request.deadline.left()
+        timeout = min(seconds, self._request.deadline.left())
         metadata = (*self._request.metadata, *route.metadata)
-        circuit = self._client.circuit
+        reply = await route.stub.Plan(self._message(below, size), timeout=timeout, metadata=metadata)
         try:
-            reply = await route.stub.Plan(self._message(below, size), timeout=min(seconds, left), metadata=metadata)
             return self._read(reply, below, size)
-        except grpc.aio.AioRpcError as error:
-            # The draft's health is not to blame when the request's own deadline was short, or when the draft refuses it.
-            short_deadline = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and left < seconds
-            if not short_deadline and not _is_request_failure(error):
-                circuit.record_failure(retry_after_seconds(error))
-            raise
-        except _CLOSED:
-            circuit.record_failure()
-            raise
-        except BadReplyError as error:
+        except BadReplyError as error:  # logged here, since another replica may answer the plan
             _log.warning("draft_reply_invalid", error=str(error))
-            circuit.record_failure()
             raise
 
     def _message(self, below: Beams, size: PlanSize) -> draft_pb2.PlanRequest:
@@ -216,6 +211,11 @@ class DraftSession:
 def _is_request_failure(error: Exception) -> bool:
     """Return whether a failure belongs to the request and would be the same on any replica."""
     return isinstance(error, grpc.aio.AioRpcError) and error.code() in _REQUEST_FAILURES
+
+
+def _is_late(error: Exception) -> bool:
+    """Return whether a call's time was up."""
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def _reason(error: Exception) -> DegradedReason:

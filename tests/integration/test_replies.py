@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import redis
 
 from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.local.stack import LocalStack
@@ -13,7 +14,7 @@ from atspeed.v1 import recommendation_pb2 as pb
 from atspeed.v1 import types_pb2
 from tests.bundles import random_history
 from tests.integration.conftest import LIMITS
-from tests.serving import LEVELS, MODES, PLAIN, SAMPLING, WINDOW, Client, assert_same_list, ids, recovered
+from tests.serving import LEVELS, MODES, PLAIN, SAMPLING, WINDOW, Client, assert_same_list, ids, recovered, until
 
 
 class TestModes:
@@ -318,10 +319,13 @@ class TestStatistics:
             assert_same_list(reply, replies[0])
 
     def test_after_a_restart_of_the_target_a_prompt_comes_from_redis(
-        self, stack: LocalStack, client: Client, catalogue: Catalogue
+        self, redis_url: str, stack: LocalStack, client: Client, catalogue: Catalogue
     ) -> None:
         history = random_history(catalogue, WINDOW, seed=1003)
-        before = client.recommend(history)
+        before = client.recommend(history, mode=pb.MODE_TARGET_ONLY)  # so that the draft writes nothing
+        assert sum(before.statistics.cached_tokens.values()) == 0
+        with redis.Redis.from_url(redis_url) as store:
+            until(lambda: store.dbsize() > 0)  # it is written after the reply
         (target,) = stack.targets
         target.stop()
         target.start()

@@ -26,6 +26,8 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _LOG_INTERVAL_SECONDS = 60.0
 # Bytes of a pipeline. redis-py joins its commands on the event loop, which takes some milliseconds for 8 MB.
 _WRITE_BYTES = 2**19
+# Time limit of a write. No request waits for it. Chosen, not measured.
+WRITE_TIMEOUT_SECONDS = 2.0
 # Write a user's hash so that it always has an expiry, counted from its first field on. Otherwise the prompts that an active
 # user has left behind would never expire. One script, as a connection may break between two commands. A hash with too many
 # fields is emptied first.
@@ -84,7 +86,7 @@ class RedisKvStore:
         timeout_seconds: float,
         *,
         user_blocks: int = 1024,
-        write_timeout_seconds: float = 2.0,
+        write_timeout_seconds: float = WRITE_TIMEOUT_SECONDS,
         open_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -82,6 +82,31 @@ def test_draft_client_with_one_failing_replica_gets_plans_from_another_and_stays
     assert all(0.4 * TIMEOUT < seconds <= TIMEOUT for seconds in well.timeouts)
 
 
+class WaitingReplica(Replica):
+    """Answers once it has as many calls."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self._barrier = asyncio.Barrier(calls)
+
+    async def Plan(self, request: draft_pb2.PlanRequest, *, timeout: float, metadata: object) -> Any:  # noqa: ASYNC109, N802
+        """One call."""
+        await self._barrier.wait()
+        return await super().Plan(request, timeout=timeout, metadata=metadata)
+
+
+async def test_concurrent_plans_that_another_replica_answers_leave_the_circuit_closed() -> None:
+    """Four requests meet the sick replica before the other one has answered any of them."""
+    sick, well = Replica(grpc.StatusCode.UNAVAILABLE), WaitingReplica(4)
+    draft = client(well, sick)
+    request = ModelRequest(np.array([1]), Pruning.none(), Deadline(100.0), affinity="ann")
+    sessions = [draft.session(request, Proposal.TOP) for _ in range(4)]
+    async with asyncio.timeout(TIMEOUT):
+        await asyncio.gather(*(s.plan(Beams.root(), PlanSize(BeamWidths.of(1), 2, 2), math.inf) for s in sessions))
+    assert [session.degraded_reason for session in sessions] == [None] * 4
+    assert (len(sick.timeouts), len(well.timeouts), draft.circuit.is_open) == (4, 4, False)
+
+
 def test_circuit_opens_after_three_failures_in_a_row() -> None:
     replica = Replica(grpc.StatusCode.UNAVAILABLE)
     draft = client(replica)
