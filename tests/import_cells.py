@@ -1,20 +1,23 @@
 """Imported checkpoints of every layout and family beside Hugging Face `generate` on the authors' own prompts.
 
-    python -m tests.import_cells --users 100
+    python -m tests.import_cells --users 100 --rows var/imports.jsonl
 
-prints one row per layout and family. The models are small and random; their tokenizers are real.
+prints one row per layout and family. The models are small and random; their tokenizers are real. Rows that the file has are not
+measured again: remove it after a change of the code.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from atspeed.benchmarks.near_ties import Verdict, compare
@@ -134,15 +137,27 @@ def main() -> None:
     """Print the table. Exits with 1 if a list differs beyond near-ties."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=100)
-    users, different = parser.parse_args().users, 0
+    parser.add_argument("--rows", type=Path, required=True, help="File of finished rows, one JSON object per line.")
+    arguments = parser.parse_args()
     disable_progress_bar()  # type: ignore[no-untyped-call]
+    torch.set_num_threads(1)  # a pass of these models is too short for two: they wait for each other
     titles = ["layout", "family", "tail", *(f"K = {k}" for k in WIDTHS), "score gap"]
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}", flush=True)  # noqa: T201 - the table is the result
+    arguments.rows.touch()
+    rows = [json.loads(line) for line in arguments.rows.read_text(encoding="utf-8").splitlines()]
+    finished = {(row["cell"], row["users"]): row for row in rows}
+    different = 0
     for cell in CELLS:
-        with tempfile.TemporaryDirectory() as folder:
-            found = asyncio.run(compared(cell, Path(folder), users))
-        print(_row(cell, found), flush=True)  # noqa: T201
-        different += sum(one.verdict is Verdict.DIFFERENT for one in found)
+        key = (str(cell), arguments.users)
+        if key not in finished:
+            with tempfile.TemporaryDirectory() as folder:
+                found = asyncio.run(compared(cell, Path(folder), arguments.users))
+            count = sum(one.verdict is Verdict.DIFFERENT for one in found)
+            finished[key] = {"cell": key[0], "users": key[1], "different": count, "row": _row(cell, found)}
+            with arguments.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finished[key]) + "\n")
+        print(finished[key]["row"], flush=True)  # noqa: T201
+        different += finished[key]["different"]
     raise SystemExit(different > 0)
 
 
