@@ -199,7 +199,7 @@ beauty-data:
 	    fi; \
 	done
 
-# SmolLM2-135M, fine-tuned on Amazon Office and imported, in float32 and int8, each without and with a draft; then what
+# SmolLM2-135M, fine-tuned on Amazon Office and imported without and with a draft; then what
 # examples/smollm2/README.md shows, to examples/smollm2/results. What is done already is skipped, and a killed training resumes.
 SMOLLM2 := var/smollm2
 SMOLLM2_RESULTS := examples/smollm2/results

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-FORMATS = ("float32", "int8")
-
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table in Markdown."""
@@ -74,7 +72,7 @@ def passes(rows: Sequence[dict[str, Any]]) -> None:
 
 def times(folder: Path) -> None:
     """Print the median time of a list beside `generate`, and the passes of each mode. A bundle is a column pair."""
-    measured = {path.stem: _rows(path) for path in sorted(folder.glob("*.json")) if path.stem.split("-")[0] in FORMATS}
+    measured = {path.stem: _rows(path) for path in sorted(folder.glob("float32*.json"))}
     for name, rows in measured.items():
         print(f"\n{name}, median ms:")
         peers = {row["k"]: row for row in rows if row["engine"] == "transformers"}
