@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.nn import functional
@@ -171,7 +172,9 @@ class Trainer(Generic[B]):
         found = {"train_loss": loss} | self._validated()
         measures = finite(found)
         if is_main():
-            progress.console.print(f"{self.title} epoch {state.epoch + 1}: {_in_words(measures)}", highlight=False)
+            progress.console.print(
+                f"{self.title} epoch {state.epoch + 1}: {_in_words(measures)}", highlight=False, soft_wrap=True
+            )
         score = found.get("score", float(state.epoch))  # without examples the newest epoch is the best
         if not math.isfinite(score):
             raise TrainingError(f"{self._place(state)}: the validation score is {score}, so no epoch can be chosen")
@@ -324,7 +327,8 @@ class Trainer(Generic[B]):
 
     def _progress(self) -> Progress:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        return Progress(*columns, transient=True, disable=not is_main())
+        console = Console()
+        return Progress(*columns, console=console, transient=True, disable=not (is_main() and console.is_terminal))
 
 
 def _rate(progress: float, warmup: float) -> float:
