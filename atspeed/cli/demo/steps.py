@@ -26,7 +26,7 @@ from atspeed.training.data import Case, Movie
 from atspeed_client import AsyncClient, Recommendation, RecommendRequest
 from orchestrator.planning.planner import PlanLimits, PlannerKind
 
-_WIDTHS = (1, 5, 10, 20)  # K of the table
+_WIDTHS = (1, 10, 20)  # K of the table
 _TOLERANCE, _SEED, _K = 0.1, 7, 10  # arbitrary, within the services' limits
 _SHOWN_MOVIES = 5
 _TREE_K = 5  # a tree that fits on a screen
@@ -44,7 +44,7 @@ class DemoScale:
     """
 
     shown: int = 2
-    compared: int = 8
+    compared: int = 6
     widths: Sequence[int] = _WIDTHS
     rounds: int = 2
 
