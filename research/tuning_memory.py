@@ -44,7 +44,7 @@ class Method(StrEnum):
     SUBZERO = "subzero"
 
 
-LEARNING_RATES = {Method.ADAMW: 5e-5, Method.LORA: 5e-4, Method.LORA_RECOMPUTED: 5e-4, Method.SUBZERO: 1e-6}
+LEARNING_RATES = {Method.ADAMW: 5e-5, Method.LORA: 5e-4, Method.LORA_RECOMPUTED: 5e-4, Method.SUBZERO: 1e-4}
 
 
 @dataclass(frozen=True)
