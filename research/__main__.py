@@ -1,4 +1,4 @@
-"""Command line of the studies: acceptance, draft-kinds, recommenders, precision, tuning-memory and others."""
+"""Command line of the studies: acceptance, draft-kinds, recommenders, precision, planner, new-items, report."""
 
 from __future__ import annotations
 
@@ -327,45 +327,6 @@ def run_new_items(
     out.print(terminal_table("Items that training has not seen", new_items.COLUMNS, rows))
     bundle = Bundle(run_folder / "run" / "bundle")
     save(json_file, bundle, seed, to_json(rows), new_items.header(config, dataset))
-
-
-class TuningMethod(StrEnum):
-    """Ways to tune; see `tuning_memory.Method`, which needs torch."""
-
-    ADAMW = "adamw"
-    LORA = "lora"
-    LORA_RECOMPUTED = "lora-recomputed"
-    SUBZERO = "subzero"
-
-
-@app.command("tuning-memory")
-def run_tuning_memory(
-    base_model: Annotated[Path, typer.Argument(help="Folder of `atspeed base`.", exists=True, file_okay=False)],
-    histories: Annotated[Path, typer.Argument(help="Lines of {user, items}.", exists=True, dir_okay=False)],
-    titles: Annotated[Path, typer.Option(help="Title of every item, as JSON.", exists=True, dir_okay=False)],
-    minutes: Annotated[float, typer.Option(min=0, max=600, help="Processor time of each method's steps.")] = 8,
-    method: Annotated[list[TuningMethod] | None, typer.Option(help="Only these methods; all by default.")] = None,
-    batch: Annotated[int, typer.Option(min=1, max=1024, help="Sequences of a step.")] = 4,
-    tokens: Annotated[int, typer.Option(min=2, max=8192, help="Most tokens of a sequence.")] = 128,
-    held: Annotated[int, typer.Option(min=2, max=MAX_USERS, help="Histories that teach nothing.")] = 64,
-    threads: Threads = 1,
-    seed: Seed = 1,
-    json_file: JsonFile = None,
-) -> None:
-    """Tune a language model by AdamW, LoRA and SubZero for equal processor time; measure memory and held-out loss."""
-    study_of_tuning = optional("research.tuning_memory")
-    optional("transformers.utils.logging").disable_progress_bar()
-    config = study_of_tuning.TuningConfig(minutes, batch, tokens, held, seed, threads)
-    sequences = study_of_tuning.read_sequences(base_model, histories, titles, tokens)
-    if len(sequences) < held + batch:
-        raise CommandError(f"{histories}: {len(sequences)} histories, but {held} are held out and a step takes {batch}")
-    methods = [study_of_tuning.Method(each) for each in method or TuningMethod]
-    rows = []
-    for row in study_of_tuning.run(methods, base_model, sequences, config):
-        err.print(f"{row.method}: {row.steps} steps, loss {row.start:.3f} to {row.end:.3f}")
-        rows.append(row)
-    out.print(terminal_table("Ways to tune", study_of_tuning.COLUMNS, rows))
-    save(json_file, None, seed, to_json(rows), study_of_tuning.header(config, base_model, sequences))
 
 
 @app.command("report")
