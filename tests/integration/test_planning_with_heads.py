@@ -146,7 +146,7 @@ async def test_predictions_of_plans_converge_to_what_is_measured(
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         stub = draft_pb2_grpc.DraftServiceStub(channel)
-        routes: Routes[draft_pb2_grpc.DraftServiceAsyncStub] = Routes(stub, None, max_calls=1)  # type: ignore[arg-type]
+        routes: Routes[draft_pb2_grpc.DraftServiceAsyncStub] = Routes(stub, None, max_calls=1)
         version = bundle.manifest.model_version("draft")
         client = DraftClient(routes, bundle.catalogue().trie, version, timeout=LIVENESS_SECONDS, backoff_seconds=1)
         curve = await client.cost_curve()
