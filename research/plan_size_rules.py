@@ -27,10 +27,10 @@ from draft_service.language_model_drafter import LanguageModelDrafter
 
 MOST_NODES = 600  # of any plan
 RULES = {
-    "nodes": (30.0, 60.0, 90.0, 120.0, 180.0, 240.0, 360.0),
-    "margin": (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0),  # depth = -margin, in units of the plan scale
-    "confidence": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),  # factor of `_STEPS`
-    "mass": (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95),
+    "nodes": (30.0, 45.0, 60.0, 75.0, 90.0, 120.0, 180.0, 240.0, 360.0),
+    "margin": (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0),  # depth = -margin, in units of the plan scale
+    "confidence": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),  # factor of `_STEPS`
+    "mass": (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95),
 }
 """The values of each rule."""
 # Children of a node by the probability of its best child: (largest probability, children).
