@@ -1,4 +1,4 @@
-"""Rules that choose the planned nodes of a request: by margin, and by the draft's confidence at each node.
+"""Rules that choose planned nodes: by margin, and by the confidence at each node.
 
 nodes       the nodes of the highest margins, as many for every request
 margin      all nodes down to a margin, the same for every request: a cut of the planner (docs/planner.md)
