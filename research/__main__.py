@@ -1,4 +1,4 @@
-"""Command line of the studies: acceptance, draft-kinds, recommenders, precision, planner, new-items, report."""
+"""Command line of the studies: acceptance, draft-kinds, plan-sizes, recommenders, precision, planner, new-items, report."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ from atspeed.cli.options import (
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.search.mode import Mode
 from atspeed.training.data import read_atspeed
-from research import acceptance, draft_kinds
+from research import acceptance, draft_kinds, plan_sizes
 from research.eval_examples import choose_cases
 from research.planner_ablation import calibration, fetch, study
 
 PAGES = {
     "acceptance": "research.acceptance_report",
     "draft-kinds": "research.draft_kinds_report",
+    "plan-sizes": "research.plan_sizes",
     "recommenders": "research.recommenders",
     "precision": "research.precision",
     "planner": "research.planner_ablation.report",
@@ -183,6 +184,36 @@ def run_draft_kinds(
     save(json_file, opened, seed, rows, about, page=(report, PAGES[draft_kinds.NAME]))
     if different := sum(row.different for row in exact):
         raise CommandError(f"{different} lists differ from the target's own beyond near-ties")
+
+
+@app.command("plan-sizes")
+def run_plan_sizes(
+    bundle: BundleFolder,
+    recipe: Annotated[Path, typer.Option(help="Recipe that names the data.", exists=True, dir_okay=False)] = Path(
+        "runs/movielens-100k.toml"
+    ),
+    data: RunData = None,
+    users: Users = 1000,
+    k: Annotated[
+        list[int] | None,
+        typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 10 20 50]"),
+    ] = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+    report: PageFolder = None,
+) -> None:
+    """Compare sizes of plans by margin with sizes by the draft's confidence; exits with 1 if a list differs."""
+    recipes, pipeline = optional("atspeed.training.recipe"), optional("atspeed.training.pipeline")
+    opened = Bundle(bundle)
+    dataset, allow_empty = pipeline.load_dataset(recipes.read_recipe(recipe), data), opened.manifest.allow_empty_history
+    cases = choose_cases(dataset, opened.catalogue(), allow_empty=allow_empty, users=users, seed=seed)
+    widths = k or plan_sizes.WIDTHS
+    rows = plan_sizes.run(opened, cases, widths)
+    out.print(terminal_table("Sizes of plans", plan_sizes.COLUMNS, rows))
+    about = plan_sizes.header(dataset.name, len(cases), widths)
+    save(json_file, opened, seed, to_json(rows), about, page=(report, PAGES[plan_sizes.NAME]))
+    if different := sum(row.users - row.identical for row in rows):
+        raise CommandError(f"{different} lists differ from the target's own")
 
 
 class LibraryMethod(StrEnum):

@@ -11,7 +11,7 @@ MEMORY = 100
 Chosen by simulation: after a draft became useful, the planner used it for good after 121 requests. With a memory of 400 it
 took 202, and lists took the same time (docs/log.md). Shorter memories were not tried.
 """
-# Variance of x up to which a line stays level. x is a count here: counts that differ by one tell no slope.
+# Variance of x up to which a line keeps the slope that it began with. x is a count here: counts that differ by one tell no slope.
 _MIN_VARIANCE = 1.0
 
 
@@ -40,27 +40,27 @@ class EwmaRegression:
     """Least squares that forget: y = a + b * x, with one slope b and an intercept a for each group of points.
 
     The slope comes from deviations within a group, so a difference between groups is not taken for a slope. Neither a nor b
-    is negative. The line is level until one group has shown different x. A group without points uses the line of the
-    group that was seen last.
+    is negative. The line is level until one group has shown different x, or through the origin if `proportional`. A group
+    without points uses the line of the group that was seen last. Groups are numbered by the caller.
     """
 
-    def __init__(self, groups: int, memory: int = MEMORY) -> None:
-        self._x = [Ewma(0.0, memory) for _ in range(groups)]
-        self._y = [Ewma(0.0, memory) for _ in range(groups)]
+    def __init__(self, memory: int = MEMORY, *, proportional: bool = False) -> None:
+        self._proportional = proportional
+        self._memory = memory
+        self._means: dict[int, tuple[Ewma, Ewma]] = {}  # group -> mean x, mean y
         self._variance = Ewma(0.0, memory)
         self._covariance = Ewma(0.0, memory)
-        self._seen = [False] * groups
         self._last = 0
 
     def add(self, x: float, y: float, group: int = 0) -> None:
         """Add a point."""
-        mean_x = self._x[group]
-        mean_y = self._y[group]
-        if self._seen[group]:
+        if group in self._means:
+            mean_x, mean_y = self._means[group]
             deviation = x - mean_x.value
             self._variance.add(deviation**2)
             self._covariance.add(deviation * (y - mean_y.value))
-        self._seen[group] = True
+        else:
+            mean_x, mean_y = self._means[group] = Ewma(0.0, self._memory), Ewma(0.0, self._memory)
         self._last = group
         mean_x.add(x)
         mean_y.add(y)
@@ -77,9 +77,12 @@ class EwmaRegression:
 
     def _line(self, group: int) -> tuple[float, float, float]:
         """Return a point of a group's line, x and y, and the slope."""
-        known = group if self._seen[group] else self._last
-        mean_x, mean_y = self._x[known].value, self._y[known].value
-        slope = 0.0
+        if not self._means:
+            return 0.0, 0.0, 0.0
+        x, y = self._means[group if group in self._means else self._last]
+        mean_x, mean_y, slope = x.value, y.value, 0.0
+        if self._proportional and mean_x > 0:
+            slope = mean_y / mean_x
         if self._variance.value > _MIN_VARIANCE:
             slope = max(0.0, self._covariance.value) / self._variance.value
         if slope * mean_x > mean_y:  # the intercept would be negative: take the line through the origin

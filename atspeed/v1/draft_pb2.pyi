@@ -148,8 +148,8 @@ class PlanRequest(_message.Message):
     An erasure of the user removes all keys and values with this user key.
     """
     levels: _builtins.int
-    """Maximum number of levels to plan below the beams. Each level takes one pass of the draft, and max_nodes is spent on these levels.
-    0 means all levels.
+    """Maximum number of levels to plan below the beams. A language model makes one pass for each level, a draft with heads one in all.
+    max_nodes is spent on these levels. 0 means all levels.
     """
     @_builtins.property
     def prompt(self) -> _types_pb2.Array:

@@ -33,7 +33,8 @@ from atspeed.engine.search.plan import Plan, PlanSize
 from atspeed.engine.search.trie import Trie
 from atspeed.engine.speculation.acceptance_model import EMPTY_DEPTH, PlanPrefixes, WorkloadKey
 from atspeed.engine.speculation.latency_estimate import BaselinePasses, ExpectedLatency, ObservedPass, PlanCoverage
-from atspeed.engine.speculation.latency_model import Pass
+from atspeed.engine.speculation.latency_model import OPENS_STREAM, Pass
+from orchestrator.planning.plan_passes import PlanPlace
 from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext, has_cached_tokens
 from orchestrator.planning.planner_state import PlannerState, SkipBackoff
 from orchestrator.planning.usage import Usage
@@ -186,7 +187,7 @@ class AdaptivePlanSizer(FixedPlanSizer):
         # Sizes [s] that earlier plans were cut to in the estimate, and the sizes to ask for to get these.
         sizes, missed = self._state.acceptance.profile(self._workload, start, levels)
         asked = np.minimum(np.ceil(_OVERPROVISION * sizes), max_nodes).astype(np.int64)
-        draft_ns = self._draft_ns(self._state.latencies, start, beams, asked, levels)
+        draft_ns = self._draft_ns(self._state.latencies, PlanPlace(start, beams, levels), asked)
         target_ns = estimate.total_ns(PlanCoverage.spread_evenly(np.minimum(sizes, max_nodes), missed))
         total_ns = draft_ns + target_ns
         best = int(np.argmin(total_ns))
@@ -239,14 +240,15 @@ class AdaptivePlanSizer(FixedPlanSizer):
             self.report.expected_ns = total_ns
 
     def _draft_call_ns(self, start: int, beams: int, nodes: int, levels: int) -> float:
-        return float(self._draft_ns(self._state.latencies, start, beams, np.array(nodes), levels))
+        return float(self._draft_ns(self._state.latencies, PlanPlace(start, beams, levels), np.array(nodes)))
 
     def _exploration_size(self, start: int, beams: int) -> int:
         """Return a size to learn from: the largest that takes the draft at most twice as long as the usual size."""
         max_nodes = self._max_plan_nodes(start, beams)
         largest = max(self._nodes, max_nodes)
         sizes = np.minimum(np.geomspace(self._nodes, largest, _EXPLORATION_SIZES).astype(np.int64), max_nodes)
-        times = self._draft_ns(self._state.latencies, start, beams, sizes, self._trie.levels - 1 - start)
+        place = PlanPlace(start, beams, self._trie.levels - 1 - start)
+        times = self._draft_ns(self._state.latencies, place, sizes)
         return int(sizes[np.flatnonzero(times <= _MAX_EXPLORATION_RATIO * times[0])[-1]])
 
     def _max_plan_nodes(self, start: int, beams: int) -> int:
@@ -273,7 +275,8 @@ class AdaptivePlanSizer(FixedPlanSizer):
 
         def first_pass_ns(nodes: Int64) -> Float64:
             new = computed + evaluated + nodes
-            return latencies.target.call_ns(new, cached, evaluated + nodes, opens_stream=computed > 0)
+            call = OPENS_STREAM if computed > 0 else 0
+            return latencies.target.call_ns(new, cached, evaluated + nodes, call=call)
 
         remaining_work = self._state.remaining_work
         return ExpectedLatency.below(start, beams, self._baseline, remaining_work, self._workload, first_pass_ns)

@@ -15,14 +15,11 @@ from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize
 from atspeed.engine.search.trie import Trie
 from atspeed.engine.speculation.acceptance_model import ProposedPlan
-from atspeed.engine.speculation.latency_model import Pass
+from atspeed.engine.speculation.latency_model import OPENS_STREAM, Pass
+from orchestrator.planning.plan_passes import PlanPlace
 from orchestrator.planning.planner_state import ModelLatencies
 from orchestrator.planning.usage import Usage
 from orchestrator.search.memo import Memo
-
-# Prompt tokens that a second plan computes again: half of a block of 16 tokens, since only full blocks are cached. Smaller
-# blocks make it fewer; a few tokens hardly change the time of a pass.
-_PARTIAL_BLOCK_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -59,15 +56,10 @@ class PlanRecord:
     beams: int
     stats: PassStats
 
-    def passes(self, prompt_tokens: int) -> list[Pass]:
-        """Return the draft's passes: the first reads the rest of the prompt and the beams, each other one a level."""
-        levels = self.proposed.levels
-        total = self.stats.new_tokens
-        cached = self.stats.cached_tokens
-        first = min(total, max(0, prompt_tokens - cached) + self.beams * self.proposed.start)
-        later = (total - first) // max(1, levels - 1)
-        nodes = len(self.proposed.plan.node)
-        return [Pass(first, cached, nodes), *(Pass(later, cached + first, 0) for _ in range(levels - 1))]
+    @property
+    def place(self) -> PlanPlace:
+        """Return where the plan hangs."""
+        return PlanPlace(self.proposed.start, self.beams, self.proposed.levels)
 
 
 @dataclass
@@ -128,9 +120,9 @@ class FixedPlanSizer:
         """Learn from a plan that did not come within so long."""
         if self._latencies is None:
             return
-        start, levels = self._start(below), self._planned_levels(below, asked)
-        expected = float(self._draft_ns(self._latencies, start, len(below), np.array(asked.max_nodes), levels))
-        self._latencies.draft.observe_timeout(levels, expected, waited_ns)
+        place = PlanPlace(self._start(below), len(below), self._planned_levels(below, asked))
+        expected = float(self._draft_ns(self._latencies, place, np.array(asked.max_nodes)))
+        self._latencies.draft.observe_timeout(self._latencies.plan_passes.count(place.levels), expected, waited_ns)
 
     def learn(self, memo: Memo, target: Usage, draft: Usage) -> None:  # noqa: ARG002
         """Learn from a finished request."""
@@ -158,16 +150,10 @@ class FixedPlanSizer:
         start = self._start(below)
         return asked.last_depth(self._trie, start) - start
 
-    def _draft_ns(self, latencies: ModelLatencies, start: int, beams: int, nodes: Int64, levels: int) -> Float64:
-        """Return the draft's time for plans of so many nodes [c] on so many levels: one pass for each level."""
-        draft, prompt = latencies.draft, self._context.draft_prompt_tokens
-        if start == 0:
-            first_tokens = max(1.0, latencies.draft_computed_share.value * prompt)
-        else:
-            first_tokens = _PARTIAL_BLOCK_TOKENS + beams * start
-        first = draft.forward_ns(first_tokens, max(0.0, prompt - first_tokens))
-        later = (levels - 1) * draft.forward_ns(nodes / levels, prompt) + levels * draft.queue_ns
-        return np.asarray(first + later + draft.overhead_ns(nodes))
+    def _draft_ns(self, latencies: ModelLatencies, place: PlanPlace, nodes: Int64) -> Float64:
+        """Return the draft's time for plans of so many nodes [c]."""
+        prompt, share = self._context.draft_prompt_tokens, latencies.draft_computed_share.value
+        return latencies.plan_passes.expected_ns(latencies.draft, place, nodes, prompt, share)
 
     def _learn_target(self, latencies: ModelLatencies, target: Usage) -> None:
         predicted = 0.0
@@ -182,7 +168,8 @@ class FixedPlanSizer:
             latencies.draft.decay_queue()
         predicted, prompt = 0.0, self._context.draft_prompt_tokens
         for record, wait in zip(self._records, draft.waits, strict=True):
-            predicted += latencies.draft.observe(record.passes(prompt), record.stats, wait)
+            made = latencies.plan_passes.made(record.place, len(record.proposed.plan.node), prompt, record.stats)
+            predicted += latencies.draft.observe(made, record.stats, wait)
             if record.proposed.start == 0:
                 latencies.draft_computed_share.add(_computed_share(prompt, record.stats))
         self.report.draft_predicted_ns = predicted
@@ -200,7 +187,7 @@ class FixedPlanSizer:
         for stats in replies:
             cached += stats.cached_tokens
             nodes = stats.new_tokens - max(0, prompt - cached)
-            passes.append(Pass(stats.new_tokens, cached, nodes, opens_stream=not passes))
+            passes.append(Pass(stats.new_tokens, cached, nodes, call=0 if passes else OPENS_STREAM))
             cached += stats.new_tokens
         return passes
 

@@ -10,13 +10,14 @@ from typing import Protocol
 import grpc
 import structlog
 
+from atspeed.engine.bundle.manifest import ModelEntry
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.search.mode import Mode
 from atspeed.engine.search.trie import Trie
 from atspeed.engine.speculation.acceptance_model import WorkloadKey
-from atspeed.engine.speculation.latency_model import LatencyModel
 from atspeed.errors import InvalidArgumentError
 from orchestrator.planning.adaptive_sizer import AdaptivePlanSizer
+from orchestrator.planning.plan_passes import PlanPasses
 from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext
 from orchestrator.planning.planner_state import ModelLatencies, PlannerState
 
@@ -60,11 +61,15 @@ class Planner:
     """Maker of plan sizers, with estimates that all requests share.
 
     Plans have a fixed size until both models' cost curves are known.
+
+    Args:
+        draft: entry of the draft, which says how many passes its plans take; a pass for each level if None.
     """
 
-    def __init__(self, trie: Trie, limits: PlanLimits) -> None:
+    def __init__(self, trie: Trie, limits: PlanLimits, draft: ModelEntry | None = None) -> None:
         self._trie = trie
         self._limits = limits
+        self._draft = draft
         self._state: PlannerState | None = None
 
     def set_curves(self, target: CostCurve, draft: CostCurve) -> None:
@@ -73,13 +78,16 @@ class Planner:
             self._state.latencies.target.curve = target
             self._state.latencies.draft.curve = draft
             return
-        latencies, limits = ModelLatencies(LatencyModel(target), LatencyModel(draft)), self._limits
-        levels = self._trie.levels
+        latencies, limits, levels = (
+            ModelLatencies(target, draft, PlanPasses.of(self._draft)),
+            self._limits,
+            self._trie.levels,
+        )
         self._state = PlannerState(latencies, levels, limits.max_nodes, limits.explored_share, limits.patience)
 
     def for_catalogue(self, trie: Trie) -> Planner:
         """Return a planner for another catalogue of the same models. It shares the estimates if the levels agree."""
-        other = Planner(trie, self._limits)
+        other = Planner(trie, self._limits, self._draft)
         if trie.levels == self._trie.levels:
             other._state = self._state
         return other

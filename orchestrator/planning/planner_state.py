@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from atspeed.engine.ewma import Ewma
+from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.speculation.acceptance_model import AcceptanceModel, RequiredDepth, WorkloadKey
 from atspeed.engine.speculation.latency_estimate import RemainingWorkRatio
 from atspeed.engine.speculation.latency_model import LatencyModel
+from orchestrator.planning.plan_passes import PlanPasses
 
 # Most requests in a row that are not evaluated. To evaluate a level costs 0.5 ms (docs/log.md): once in 33 requests, 0.015 ms.
 _MAX_SKIPS = 32
@@ -25,14 +27,16 @@ class ModelLatencies:
     Attributes:
         target: the target's latency.
         draft: the draft's latency.
+        plan_passes: passes of the draft for a plan.
         target_computed_share: mean share for the target. True: requests that found part of the draft's prompt cached.
             False: requests that did not. None: all requests.
         draft_computed_share: mean share for the draft.
     """
 
-    def __init__(self, target: LatencyModel, draft: LatencyModel) -> None:
-        self.target = target
-        self.draft = draft
+    def __init__(self, target: CostCurve, draft: CostCurve, plan_passes: PlanPasses) -> None:
+        self.target = LatencyModel(target)
+        self.draft = LatencyModel(draft, node_costs=plan_passes.one)
+        self.plan_passes = plan_passes
         self.target_computed_share: dict[bool | None, Ewma] = {key: Ewma(1.0) for key in (None, False, True)}
         self.draft_computed_share = Ewma(1.0)
 

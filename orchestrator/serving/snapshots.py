@@ -82,7 +82,7 @@ class Planners:
     def of(self, manifest: Manifest, trie: Trie) -> Planner:
         """Return a planner for a bundle."""
         alike = [planner for planner, models in self._models.items() if models == manifest.models]
-        planner = alike[-1].for_catalogue(trie) if alike else Planner(trie, self._limits)
+        planner = alike[-1].for_catalogue(trie) if alike else Planner(trie, self._limits, manifest.draft)
         self._models[planner] = manifest.models
         return planner
 

@@ -47,6 +47,19 @@ def curve(floor_ms: float, flat_tokens: int, ms_per_token: float) -> CostCurve:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Time of a draft's heads after its pass over the prompt.
+
+    Attributes:
+        level_ms: of each level that is evaluated below the root.
+        node_ms: of each node that is.
+    """
+
+    level_ms: float
+    node_ms: float
+
+
+@dataclass(frozen=True)
 class Machine:
     """Machine with known times.
 
@@ -59,6 +72,7 @@ class Machine:
         batch_occupancy: requests of the same size that share every pass.
         target_queue_ms: wait of each target pass.
         draft_queue_ms: wait of each draft pass.
+        heads: times of a draft of one pass; None for a language model.
     """
 
     target: CostCurve
@@ -69,6 +83,7 @@ class Machine:
     batch_occupancy: int = 1
     target_queue_ms: float = 0.0
     draft_queue_ms: float = 0.0
+    heads: Heads | None = None
 
     def cost(self, of: CostCurve, new: int, error: float = 1.0) -> PassStats:
         """Return the stats of a pass in which a request has so many tokens."""
@@ -129,14 +144,18 @@ class SimulatedDraft:
         self._noise = noise
         self._distort = distort
         self._pruning = pruning or Pruning.none()
+        self._heads_ms = 0.0
 
     async def plan(self, below: Beams, size: PlanSize, seconds: float = math.inf) -> Plan:
         """Return a plan, and record the call."""
         prompt, order = np.array([1], dtype=np.int64), np.argsort(below.node)
         asked = DraftRequest(prompt, below.take(order), size, self._proposal, self._pruning, self._noise)
         drafted = await LanguageModelDrafter(self).plan(asked)  # type: ignore[arg-type]
-        cost = replace(drafted.cost, queue_ns=int(drafted.passes * self._machine.draft_queue_ms * MILLISECOND))
-        self.usage.waits.append(cost.forward_ns + cost.queue_ns + int(self._machine.call_ms * MILLISECOND))
+        passes = min(1, drafted.passes) if self._machine.heads else drafted.passes
+        cost = replace(drafted.cost, queue_ns=int(passes * self._machine.draft_queue_ms * MILLISECOND))
+        call_ms, self._heads_ms = self._machine.call_ms + self._heads_ms, 0.0
+        self.usage.waits.append(cost.forward_ns + cost.queue_ns + int(call_ms * MILLISECOND))
+        self.usage.passes += passes
         if self._machine.draft_fails:
             return Plan.empty(below)
         self.usage.costs.append(cost)
@@ -155,8 +174,13 @@ class SimulatedDraft:
         costs = [PassStats()]
 
         def evaluate(nodes: Int64) -> Evaluation:
-            new = len(nodes) + (PROMPT_TOKENS - 1 if nodes[0] == 0 else 0)
-            costs.append(self._machine.cost(self._machine.draft, new))
+            first, heads = nodes[0] == 0, self._machine.heads
+            if heads and len(below := nodes[nodes != 0]):
+                levels = len(np.unique(self.trie.depth(below)))
+                self._heads_ms += heads.level_ms * levels + heads.node_ms * len(below)
+            if first or not heads:
+                read = 1 if heads else len(nodes)  # the root has no token: the prompt's last one gives its scores
+                costs.append(self._machine.cost(self._machine.draft, read + (PROMPT_TOKENS - 1 if first else 0)))
             return self._world.evaluate(nodes, selection.pruning, selection.limit, selection.perturbation)
 
         return run_steps(steps, evaluate), reduce(add, costs)

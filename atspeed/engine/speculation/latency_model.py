@@ -30,6 +30,9 @@ _OUTLIER_RATIO = 4.0
 # and back between two processes (docs/log.md).
 _OUTLIER_FLOOR_NS = 500_000
 
+OPENS_STREAM = 1
+"""Kind of a target's call that opens a stream: it includes admission and the look-up of the prompt's KV."""
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -39,21 +42,26 @@ class Pass:
         new: tokens computed.
         cached: tokens whose keys and values were found.
         nodes: trie nodes evaluated.
-        opens_stream: true for the first pass of a stream, which includes admission and the look-up of the prompt's KV.
+        call: kind of the call that the pass is part of, a number that the caller chooses. Each kind has a constant overhead of
+            its own. Of a target, `OPENS_STREAM` or 0; of a draft, the levels of the plan.
     """
 
     new: int
     cached: int
     nodes: int
-    opens_stream: bool = False
+    call: int = 0
 
 
 class LatencyModel:
     """Predicted latency of calls to one model, in nanoseconds: overhead + queue + passes.
 
     Passes take the time of the cost curve, times the decayed ratio of measured to predicted time. The overhead is a line in the
-    number of nodes. The queue is the decayed mean wait until a pass begins. If c requests share a pass it takes T(c * new), and
-    each of them waits for all of it.
+    number of nodes, with a constant for each kind of call. The queue is the decayed mean wait until a pass begins. If c requests
+    share a pass it takes T(c * new), and each of them waits for all of it.
+
+    Args:
+        node_costs: true if the overhead is taken for one of the nodes as long as all calls have had as many. A planner that
+            takes it for a constant would never ask for fewer, and never learn what they save.
 
     Attributes:
         curve: the cost curve; may be replaced.
@@ -61,10 +69,10 @@ class LatencyModel:
         queue_ns: mean wait until a pass begins.
     """
 
-    def __init__(self, curve: CostCurve) -> None:
+    def __init__(self, curve: CostCurve, *, node_costs: bool = False) -> None:
         self.curve = curve
         self._log_error = Ewma(0.0, guess_weight=_CURVE_WEIGHT)
-        self._overhead = EwmaRegression(groups=2)  # group 1: calls that open a stream
+        self._overhead = EwmaRegression(proportional=node_costs)  # a group for each kind of call
         self._occupancy = Ewma(1.0)
         self._queue = Ewma(0.0, _QUEUE_MEMORY)
 
@@ -83,23 +91,18 @@ class LatencyModel:
         tokens = self.batch_occupancy * np.asarray(new, dtype=np.float64)
         return np.asarray(self._error_ratio * self.curve.predict(tokens, cached))
 
-    def overhead_ns(self, nodes: npt.ArrayLike, *, opens_stream: bool = False) -> Float64:
-        """Predict a call's time outside its passes and their queue: selection, messages, network.
+    def overhead_ns(self, nodes: npt.ArrayLike, *, call: int = 0) -> Float64:
+        """Predict the time of a call of this kind outside its passes and their queue: selection, messages, network."""
+        return self._overhead.predict(nodes, call)
 
-        A call that opens a stream also includes admission and the look-up of the prompt's KV.
-        """
-        return self._overhead.predict(nodes, int(opens_stream))
-
-    def call_ns(
-        self, new: npt.ArrayLike, cached: npt.ArrayLike, nodes: npt.ArrayLike, *, opens_stream: bool = False
-    ) -> Float64:
+    def call_ns(self, new: npt.ArrayLike, cached: npt.ArrayLike, nodes: npt.ArrayLike, *, call: int = 0) -> Float64:
         """Predict calls of one pass each; broadcast.
 
         The queue counts for at most one pass, the one that is running. A longer queue consists of other requests' passes: longer
         passes that wait less often would lengthen it for all.
         """
         forward = self.forward_ns(new, cached)
-        overhead = self.overhead_ns(nodes, opens_stream=opens_stream)
+        overhead = self.overhead_ns(nodes, call=call)
         return np.asarray(np.minimum(self.queue_ns, forward) + forward + overhead)
 
     def is_saturated(self, plain: Pass) -> bool:
@@ -146,9 +149,9 @@ class LatencyModel:
 
     def _observe_overhead(self, passes: Sequence[Pass], overhead_ns: float) -> None:
         nodes = sum(one.nodes for one in passes)
-        opens_stream = passes[0].opens_stream
-        expected = self._overhead.at(nodes, int(opens_stream))
-        self._overhead.add(nodes, min(overhead_ns, _OUTLIER_RATIO * expected + _OUTLIER_FLOOR_NS), int(opens_stream))
+        call = passes[0].call
+        expected = self._overhead.at(nodes, call)
+        self._overhead.add(nodes, min(overhead_ns, _OUTLIER_RATIO * expected + _OUTLIER_FLOOR_NS), call)
 
     def _by_curve(self, passes: Sequence[Pass], stats: PassStats) -> float:
         """Return the curve's time of passes with the tokens of co-batched requests and padding."""

@@ -10,7 +10,7 @@ import pytest
 from atspeed.engine.ewma import Ewma, EwmaRegression
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.pass_stats import PassStats
-from atspeed.engine.speculation.latency_model import LatencyModel, Pass
+from atspeed.engine.speculation.latency_model import OPENS_STREAM, LatencyModel, Pass
 
 CURVE = CostCurve.smoothed([1, 101], [0, 100], np.array([[1e6, 2e6], [3e6, 6e6]]))
 
@@ -106,9 +106,9 @@ def test_overhead_of_opening_a_stream_is_not_taken_for_a_cost_per_node() -> None
         nodes = int(rng.integers(80, 120)) if opens else int(rng.integers(5, 20))
         wait = int(3e6) + 1_000 * nodes + (int(3e6) if opens else 0)
         cost = PassStats(forward_ns=int(1e6), queue_ns=int(2e6), lookup_ns=int(2.5e6) if opens else 0)
-        latency.observe([Pass(1, 0, nodes, opens_stream=opens)], cost, wait)
+        latency.observe([Pass(1, 0, nodes, call=OPENS_STREAM if opens else 0)], cost, wait)
     assert latency.overhead_ns([0, 100]) == pytest.approx([0, 100_000], rel=0.05, abs=3_000)
-    assert latency.overhead_ns([0, 100], opens_stream=True) == pytest.approx([3e6, 3.1e6], rel=0.01)
+    assert latency.overhead_ns([0, 100], call=OPENS_STREAM) == pytest.approx([3e6, 3.1e6], rel=0.01)
     assert latency.queue_ns == pytest.approx(2e6)
 
 
@@ -122,7 +122,7 @@ def test_model_is_saturated_while_passes_wait_longer_than_one_takes(opens: bool)
             cost = PassStats(
                 forward_ns=int(4.5e6), queue_ns=int(queue_ms * 1e6), new_tokens=51, batch_requests=2, batch_tokens=101
             )
-            latency.observe([replace(plain, opens_stream=opens)], cost, int(8e6))
+            latency.observe([replace(plain, call=OPENS_STREAM if opens else 0)], cost, int(8e6))
         assert latency.is_saturated(plain) is saturated
 
 
@@ -147,13 +147,13 @@ def test_stats_of_passes_add_up() -> None:
 
 
 def test_ewma_regression_is_level_at_first_and_never_falls() -> None:
-    line = EwmaRegression(2)
+    line = EwmaRegression()
     assert float(line.predict(5)) == 0.0
     line.add(10, 4.0)
     assert line.predict([0, 10, 100]).tolist() == [4.0, 4.0, 4.0]
     line.add(20, 2.0)
     assert line.predict([0, 100]).tolist() == [3.0, 3.0]
-    steep = EwmaRegression(2)
+    steep = EwmaRegression()
     for x in (10, 20):
         steep.add(x, x * x)
     assert (steep.predict([0, 1, 30]) >= 0).all()

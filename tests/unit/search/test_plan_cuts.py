@@ -15,8 +15,8 @@ from atspeed.engine.search.plan import Plan, PlanSize, Proposal
 from atspeed.engine.search.scoring import Perturbation, ScoringRule
 from atspeed.engine.search.trie import Pruning
 from atspeed.engine.speculation.acceptance_model import PlanPrefixes, RequiredDepth, WorkloadKey
-from atspeed.engine.speculation.latency_model import LatencyModel
 from orchestrator.planning.adaptive_sizer import AdaptivePlanSizer
+from orchestrator.planning.plan_passes import PlanPasses
 from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext
 from orchestrator.planning.planner_state import ModelLatencies, PlannerState
 from orchestrator.planning.sized_draft import SizedDraft
@@ -109,7 +109,7 @@ SIMULATION = Simulation(STEEP, noise=0.7)
 
 def _state(rng: np.random.Generator, target: object, widths: BeamWidths) -> tuple[PlannerState, WorkloadKey]:
     trie = SIMULATION.catalogue.trie
-    latencies = ModelLatencies(LatencyModel(target), LatencyModel(STEEP.draft))  # type: ignore[arg-type]
+    latencies = ModelLatencies(target, STEEP.draft, PlanPasses())  # type: ignore[arg-type]
     state, workload = PlannerState(latencies, trie.levels, 240, 0.01, 4.0), WorkloadKey.of(Mode.STRICT, widths)
     for _ in range(50):
         seen = [
