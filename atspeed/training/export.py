@@ -1,7 +1,7 @@
 """Exports a Hugging Face checkpoint as an ONNX token-tree decoder, and checks it.
 
 Plan invariance: the result of a token depends on its ancestors only, never on the other tokens of a pass. In float32 it is the
-same bit for bit, since every sum has one order (atspeed/training/ordered_attention.py), and with int8 too
+same bit for bit, since every float sum has one order (atspeed/training/ordered_attention.py), and in int8 too
 (atspeed/training/int8_graph.py). In float16 a pass of another size adds in another order, and differs by up to 1e-2. An int8
 graph is a model of its own: its scores are close to the checkpoint's, and on a CPU its passes take half the time where
 products dominate.
@@ -124,7 +124,7 @@ def export_decoder(
         max_logit_error=error,
         decoder_start=decoder_start(model),
         head=head if _has_device_graph(model, precision) else None,
-        ordered_sums=precision == "float32" or (precision == "int8" and model.config.is_encoder_decoder),
+        ordered_sums=precision in ("float32", "int8"),
     )
 
 
@@ -212,14 +212,11 @@ def _graph(model: PreTrainedModel, precision: Precision, weights: WeightFile) ->
 
 def _arithmetic(config: Any, precision: Precision) -> MakeArithmetic:
     """Return the arithmetic of the host's graph."""
-    if precision == "int8":
-        return Int8Products if config.is_encoder_decoder else Int8Arithmetic
-    if precision == "float32":
-        return (
-            OrderedProducts
-            if config.is_encoder_decoder
-            else partial(OrderedArithmetic, max_positions=max_positions(config))
-        )
+    if precision in ("float32", "int8"):
+        if config.is_encoder_decoder:
+            return OrderedProducts if precision == "float32" else Int8Products
+        decoder = OrderedArithmetic if precision == "float32" else Int8Arithmetic
+        return partial(decoder, max_positions=max_positions(config))
     # The CPU has no products in bfloat16: the host's graph casts the weights when it is loaded.
     dtype = torch.float16 if precision == "float16" else torch.float32
     return partial(FloatArithmetic, dtype=dtype, stored=STORED[precision])

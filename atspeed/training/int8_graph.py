@@ -6,8 +6,7 @@ graph depends on an order:
 
 - Products with weights add integers: activations are rounded to 8 bits with one scale per token, weights to 7 bits with one
   scale per output. (x86 kernels without VNNI add pairs of products in 16 bits, which 8-bit weights would overflow.)
-- Attention, whose sums run over other keys in every pass, multiplies in float64 and rounds to float32. A difference in the
-  53rd bit reaches the 24th once in 10^8 numbers, and must then still cross the border of an 8-bit step.
+- Attention, whose sums run over other keys in every pass, gives each sum one order (atspeed/training/ordered_attention.py).
 - All other operators work on one token at a time: norms, rotary embedding, the activation, softmax's exponentials.
 
 Rounding matters most in the table and the head, which are a small part of a pass. They have weights of 14 bits, and the head
@@ -28,9 +27,9 @@ from onnx import TensorProto
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atspeed.engine.model.graph_form import GraphForm
 from atspeed.training.decoder_graph import DecoderShape, Module, stacked
 from atspeed.training.graph_builder import GraphBuilder
+from atspeed.training.ordered_attention import OrderedAttention, attention_of, ordered_form
 
 _CONTRIB = "com.microsoft"
 _ACTIVATION_MAX, _ACTIVATION_ZERO = 127, 128  # activations are uint8, as the kernels take them
@@ -38,13 +37,13 @@ _WEIGHT_MAX = 63  # 7 bits; see the module
 
 
 class Int8Arithmetic:
-    """Products with weights in integers, those of attention in float64; hidden states are float32."""
+    """Products with weights in integers; hidden states and attention are float32, and its sums have one order."""
 
-    form = GraphForm()
-    ordered = False
+    ordered = True
 
-    def __init__(self, graph: GraphBuilder, shape: DecoderShape) -> None:
+    def __init__(self, graph: GraphBuilder, shape: DecoderShape, *, max_positions: int) -> None:
         self.dtype = torch.float32
+        self.form = ordered_form(max_positions)
         self._graph = graph
         self._shape = shape
         self._one = self._graph.tensor(torch.tensor(1.0))
@@ -78,40 +77,16 @@ class Int8Arithmetic:
         return self._graph.kept(key, value)
 
     def attend(self, query: str, key: str, value: str) -> str:
-        """Write softmax attention with all sums in float64."""
-        shape = self._shape
-        groups = shape.heads // shape.kv_heads
-        wide_query, wide_key, wide_value = (
-            self._graph.op("Cast", self._heads_first(part, heads), to=TensorProto.DOUBLE)
-            for part, heads in ((query, groups), (key, 1), (value, 1))
-        )
-        # Scaled scores in float64, masked in float32, which are then functions of one query and one key each.
-        scores = self._contrib("FusedMatMul", wide_query, wide_key, alpha=shape.head_dim**-0.5, transB=1)
-        scores = self._graph.op("Add", self._graph.op("Cast", scores, to=TensorProto.FLOAT), self._bias)
-        # Softmax: subtract the maximum, exponentiate in float32, sum and divide in float64.
-        above = self._graph.op("Sub", scores, self._graph.op("ReduceMax", scores, self._graph.integers(-1), keepdims=1))
-        shares = self._graph.op("Cast", self._graph.op("Exp", above), to=TensorProto.DOUBLE)
-        total = self._graph.op("ReduceSum", shares, self._graph.integers(-1), keepdims=1)
-        mixed = self._graph.op("Div", self._graph.op("MatMul", shares, wide_value), total)
-        return self._graph.op("Transpose", self._graph.op("Cast", mixed, to=TensorProto.FLOAT), perm=[0, 3, 1, 2, 4])
+        """Write attention; key and value: [past+new, batch, kv_heads, head_dim]."""
+        return self._attention.attend(query, key, value)
+
+    @cached_property
+    def _attention(self) -> OrderedAttention:
+        return attention_of(self._graph, self._shape, self.form)
 
     @cached_property
     def _fine_step(self) -> str:
         return self._graph.tensor(torch.tensor([1 / (2 * _ACTIVATION_MAX)]))
-
-    @cached_property
-    def _bias(self) -> str:
-        return self._graph.op("Unsqueeze", "attn_bias", self._graph.integers(1))
-
-    def _heads_first(self, tokens: str, group: int) -> str:
-        """Transpose [batch, tokens, ...] -> [batch, kv_heads, group, tokens, head_dim].
-
-        group: query heads per key head for a query, 1 for a key or value.
-        """
-        split = self._graph.op(
-            "Reshape", tokens, self._graph.integers(0, 0, self._shape.kv_heads, group, self._shape.head_dim)
-        )
-        return self._graph.op("Transpose", split, perm=[0, 2, 3, 1, 4])
 
     def _integer_product(self, hidden: str, zeros: str, codes: str, scale: str) -> str:
         """Multiply [n, in] by int8 codes [in, out] of scales [out], in 8 bits. zeros: the n zero points."""

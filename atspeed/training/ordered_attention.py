@@ -127,6 +127,17 @@ class _Keys:
         return self._graph.op("Reshape", shares, self._by_row)
 
 
+def ordered_form(max_positions: int) -> GraphForm:
+    """Return the form of a decoder's graph with this attention: at least half a block is for nodes."""
+    return GraphForm(keys_first=True, node_bias=2 * max_positions > BLOCK_KEYS)
+
+
+def attention_of(graph: GraphBuilder, shape: DecoderShape, form: GraphForm) -> OrderedAttention:
+    """Return the attention of a decoder's graph of that form."""
+    node_bias = "node_bias" if form.node_bias else None
+    return OrderedAttention(graph, shape, "attn_bias", node_bias, shape.head_dim**-0.5)
+
+
 class OrderedArithmetic(FloatArithmetic):
     """Products in float32 on a CPU, each row of which has the same bits whatever the other rows are.
 
@@ -137,10 +148,8 @@ class OrderedArithmetic(FloatArithmetic):
 
     def __init__(self, graph: GraphBuilder, shape: DecoderShape, *, max_positions: int) -> None:
         super().__init__(graph, shape)
-        # At least half a block is for nodes.
-        self.form = GraphForm(keys_first=True, node_bias=2 * max_positions > BLOCK_KEYS)
-        node_bias = "node_bias" if self.form.node_bias else None
-        self._attention = OrderedAttention(graph, shape, "attn_bias", node_bias, shape.head_dim**-0.5)
+        self.form = ordered_form(max_positions)
+        self._attention = attention_of(graph, shape, self.form)
 
     def attend(self, query: str, key: str, value: str) -> str:
         """Write attention; key and value: [past+new, batch, kv_heads, head_dim]."""

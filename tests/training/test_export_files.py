@@ -22,7 +22,7 @@ from tests.training.exported import CODES, VOCAB, checkpoint
 def test_report_describes_the_exported_model(tmp_path: Path) -> None:
     model = checkpoint("qwen3 biases, tied")
     report = export_decoder(model, tmp_path, code_tokens=CODES, precision="int8")
-    assert (report.architecture, report.precision) == ("qwen3", "int8")
+    assert (report.architecture, report.precision, report.ordered_sums) == ("qwen3", "int8", True)
     assert (report.layers, report.kv_heads, report.head_dim, report.vocab_size) == (2, 2, 16, VOCAB)
     assert report.max_positions == 256
     assert report.parameters == sum(parameter.numel() for parameter in model.parameters())

@@ -51,15 +51,16 @@ def test_keys_are_the_same_bits_however_a_prompt_is_cut(
 def test_int8_trees_of_a_batch_are_the_same_bits_as_alone(tmp_path: Path) -> None:
     decoder = exported(checkpoint("one head per key"), tmp_path, "int8")
     trees = [RandomTree.grow(np.random.default_rng(seed), VOCAB, prefix=9, nodes=0) for seed in range(3)]
-    alone, together = (
-        decoder.empty_kv(27).reshape(decoder.layers, 2, 3, 9, decoder.kv_heads, decoder.head_dim) for _ in range(2)
-    )
-    expected = [read(decoder, tree, alone[:, :, row], 0, 9) for row, tree in enumerate(trees)]
+    alone, together = (decoder.empty_kv(27).reshape(decoder.batch_shape(3, 9)) for _ in range(2))
+    expected = []
+    for row, tree in enumerate(trees):
+        expected.append(read(decoder, tree, kv := decoder.empty_kv(9), 0, 9))
+        decoder.form.of_tree(alone, row)[:] = kv
     logits, normalizer = decoder.run_batch(
         np.stack([tree.tokens for tree in trees]),
         np.stack([tree.positions for tree in trees]),
         np.stack([tree.visible for tree in trees]),
-        together[:, :, :, :0],
+        np.empty(decoder.batch_shape(3, 0), np.float32),
         np.arange(27),
         together,
     )

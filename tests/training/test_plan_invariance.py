@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from atspeed.engine.bundle.manifest import Precision
 from atspeed.engine.model.decoder import Decoder, RuntimeOptions
 from atspeed.engine.model.encoder_decoder import EncoderDecoder
 from atspeed.engine.model.graph_form import BLOCK_KEYS
@@ -35,10 +36,16 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+IN_INT8 = ("one head per key", "qwen3", "odd heads")
+
+
+@pytest.fixture(
+    scope="module", params=[*((name, "float32") for name in MODELS), *((name, "int8") for name in IN_INT8)], ids=str
+)
 def decoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Decoder]:
-    name = request.param if request.param in {"one head per key", "biases", "qwen3", "gemma"} else "qwen3"
-    return opened(checkpoint(name, **MODELS[request.param]), tmp_path_factory.mktemp("decoder"))
+    model, precision = request.param
+    name = model if model in {"one head per key", "biases", "qwen3", "gemma"} else "qwen3"
+    return opened(checkpoint(name, **MODELS[model]), tmp_path_factory.mktemp("decoder"), precision)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +53,9 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> list[Decoder]:
     return opened(t5_checkpoint(n_positions=LONG), tmp_path_factory.mktemp("t5"))
 
 
-def opened(model: PreTrainedModel, folder: Path) -> list[Decoder]:
+def opened(model: PreTrainedModel, folder: Path, precision: Precision = "float32") -> list[Decoder]:
     """The model with one thread, two and four."""
-    write_graph(model, folder, CODES, "float32")
+    write_graph(model, folder, CODES, precision)
     kind = EncoderDecoder if model.config.is_encoder_decoder else Decoder
     return [kind(folder / MODEL_FILE, RuntimeOptions(intra_op_threads=threads)) for threads in (1, 2, 4)]
 
@@ -77,9 +84,10 @@ def test_nor_in_a_decoder_with_an_encoder(t5: Sequence[Decoder], sizes: TreeSize
     assert found.none
 
 
-def test_nodes_on_both_sides_of_a_block_are_summed_as_one_path_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_nodes_on_both_sides_of_a_block_are_summed_as_one_path_is(precision: Precision, tmp_path: Path) -> None:
     """A prompt that ends shortly before a block does: in a shared pass a path's nodes are in two blocks."""
-    decoders = opened(checkpoint("qwen3", max_position_embeddings=LONG), tmp_path)
+    decoders = opened(checkpoint("qwen3", max_position_embeddings=LONG), tmp_path, precision)
     assert decoders[0].form.node_bias
     found = Moved()
     for seed in range(4):
