@@ -1,6 +1,6 @@
 """Target passes under rules for planned nodes, compared at equal mean nodes.
 
-The rules are in plan_size_rules.py. Passes are counted for several values of each rule. Between two values, they are those on a line.
+The rules are in plan_size_rules.py. Passes are counted for several values of each rule. Between two values, they lie on a line.
 """
 
 from __future__ import annotations
