@@ -46,7 +46,7 @@ def test_passes_follow_the_kind_of_the_draft(entry: ModelEntry) -> None:
 
 
 def test_call_before_the_first_one_is_a_pass_over_the_prompt() -> None:
-    """Of a plan at the root and of one below beams, whatever its nodes and levels."""
+    """A plan at the root and one below beams take the same pass, whatever their nodes and levels."""
     nodes = np.array([1, 50, 200])
     root = PlanPasses(one=True).expected_ns(LatencyModel(DRAFT), PlanPlace(0, 1, 3), nodes, 100, computed_share=0.5)
     assert root.tolist() == [float(DRAFT.predict(50, 50))] * 3
@@ -95,7 +95,7 @@ class FixedPlanner:
 
 
 def test_predictions_of_served_plans_come_true() -> None:
-    """Of the pass from the first plan on, and of the whole call once what the heads take is known."""
+    """The pass is right from the first plan on, the whole call once the time of the heads is known."""
     machine = Machine(curve(20, 64, 0.3), DRAFT, heads=Heads(0.7, 0.03))
     simulation = Simulation(machine, noise=0.2, items=2000, codes=(32, 32, 8, 4))
     planner = FixedPlanner(simulation, PlanPasses(one=True))
