@@ -2,8 +2,8 @@
 
     python -m tests.import_cells --users 100 --rows var/imports.jsonl
 
-prints one row per layout and family. The models are small and random; their tokenizers are real. Rows that the file has are not
-measured again: remove it after a change of the code.
+prints one row per layout and family. The models are small and random; their tokenizers are real. Rows that the
+file has of this revision of the code are not measured again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from atspeed.benchmarks.near_ties import Verdict, compare
+from atspeed.benchmarks.provenance import revision
 from atspeed.benchmarks.services import ServiceOptions, ask, progress_bar, services
 from atspeed.engine.search.list_comparison import RankedList, largest_gap
 from atspeed.engine.search.mode import Mode
@@ -145,15 +146,18 @@ def main() -> None:
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}", flush=True)  # noqa: T201 - the table is the result
     arguments.rows.touch()
     rows = [json.loads(line) for line in arguments.rows.read_text(encoding="utf-8").splitlines()]
-    finished = {(row["cell"], row["users"]): row for row in rows}
-    different = 0
+    finished = {(row["cell"], row["users"], row["revision"]): row for row in rows}
+    code, different = revision(), 0
     for cell in CELLS:
-        key = (str(cell), arguments.users)
+        key = (str(cell), arguments.users, code)
         if key not in finished:
             with tempfile.TemporaryDirectory() as folder:
                 found = asyncio.run(compared(cell, Path(folder), arguments.users))
             count = sum(one.verdict is Verdict.DIFFERENT for one in found)
-            finished[key] = {"cell": key[0], "users": key[1], "different": count, "row": _row(cell, found)}
+            finished[key] = dict(zip(("cell", "users", "revision"), key, strict=True)) | {
+                "different": count,
+                "row": _row(cell, found),
+            }
             with arguments.rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finished[key]) + "\n")
         print(finished[key]["row"], flush=True)  # noqa: T201

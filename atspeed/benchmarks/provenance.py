@@ -37,7 +37,7 @@ def provenance(
         "created_at": datetime.now(tz=UTC).isoformat(timespec="seconds"),
         "command": [*_program(Path(arguments[0])), *arguments[1:]],
         "seed": seed,
-        "revision": _revision(),
+        "revision": revision(),
         "bundle": _bundle(bundle) if bundle else None,
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": _machine(),
@@ -91,7 +91,7 @@ def _processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
     """Return the commit of this code, with a `+` where files differ from it; None outside a git checkout."""
     git, root = shutil.which("git"), Path(__file__).parents[2]
     if git is None or not (root / ".git").exists():

@@ -237,7 +237,7 @@ class Recommender:
         bundle, options = open_bundle(root), self._options
         manifest = bundle.manifest
         catalogue, prompts = await asyncio.to_thread(read_items, bundle)
-        planner = Planner(catalogue.trie, options.plan_limits, bundle.manifest.draft)
+        planner = Planner(catalogue.trie, options.plan_limits, manifest.draft)
         target, draft = await self._models(bundle, planner)
         recommender = RecommenderOfBundle(
             manifest,

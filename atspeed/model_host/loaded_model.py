@@ -16,7 +16,7 @@ from atspeed.engine.kv.erasure import ErasureSubscriber
 from atspeed.engine.kv.memory_cache import KvLayout, MemoryKvCache
 from atspeed.engine.kv.prefix_cache import PrefixCache
 from atspeed.engine.kv.redis_client import connect
-from atspeed.engine.kv.redis_store import WRITE_TIMEOUT_SECONDS, RedisKvStore
+from atspeed.engine.kv.redis_store import RedisKvStore
 from atspeed.engine.kv.tier import KvTier
 from atspeed.engine.model.cost_curve import CostCurve
 from atspeed.engine.model.device_decoder import DeviceDecoder, ModelDecoder
@@ -107,14 +107,7 @@ class KvTiers:
         tiers: list[KvTier] = []  # below memory, in the order in which they are read
         if client and settings.kv_redis != "never":
             blocks = _USER_PROMPTS * (prompt_tokens // key.layout.block_tokens)
-            redis = RedisKvStore(
-                client,
-                key.layout,
-                settings.kv_ttl_seconds,
-                self._timeout,
-                user_blocks=blocks,
-                write_timeout_seconds=max(WRITE_TIMEOUT_SECONDS, self._timeout),
-            )
+            redis = RedisKvStore(client, key.layout, settings.kv_ttl_seconds, self._timeout, user_blocks=blocks)
             tiers.append(redis)
         pages = decoder.pages if isinstance(decoder, DeviceDecoder) else None
         cache = PrefixCache(key.layout, self.memory, tiers, pages=pages)

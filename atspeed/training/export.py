@@ -37,8 +37,8 @@ from atspeed.training.export_checks import check_device_graph, check_parity, che
 from atspeed.training.graph_builder import DATA_FILE, WeightFile
 from atspeed.training.int8_graph import Int8Arithmetic
 from atspeed.training.level_heads import Trunk
-from atspeed.training.ordered_attention import OrderedArithmetic
-from atspeed.training.t5_graph import ENCODER_DATA_FILE, Int8Products, OrderedProducts, T5DecoderGraph, T5EncoderGraph
+from atspeed.training.ordered_attention import OrderedArithmetic, ordered_form
+from atspeed.training.t5_graph import ENCODER_DATA_FILE, OrderedProducts, T5DecoderGraph, T5EncoderGraph
 
 MODEL_FILE = "model.onnx"
 
@@ -214,9 +214,9 @@ def _arithmetic(config: Any, precision: Precision) -> MakeArithmetic:
     """Return the arithmetic of the host's graph."""
     if precision in ("float32", "int8"):
         if config.is_encoder_decoder:
-            return OrderedProducts if precision == "float32" else Int8Products
+            return OrderedProducts if precision == "float32" else Int8Arithmetic
         decoder = OrderedArithmetic if precision == "float32" else Int8Arithmetic
-        return partial(decoder, max_positions=max_positions(config))
+        return partial(decoder, form=ordered_form(max_positions(config)))
     # The CPU has no products in bfloat16: the host's graph casts the weights when it is loaded.
     dtype = torch.float16 if precision == "float16" else torch.float32
     return partial(FloatArithmetic, dtype=dtype, stored=STORED[precision])

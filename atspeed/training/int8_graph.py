@@ -27,9 +27,10 @@ from onnx import TensorProto
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from atspeed.engine.model.graph_form import GraphForm
 from atspeed.training.decoder_graph import DecoderShape, Module, stacked
 from atspeed.training.graph_builder import GraphBuilder
-from atspeed.training.ordered_attention import OrderedAttention, attention_of, ordered_form
+from atspeed.training.ordered_attention import OrderedAttention, attention_of
 
 _CONTRIB = "com.microsoft"
 _ACTIVATION_MAX, _ACTIVATION_ZERO = 127, 128  # activations are uint8, as the kernels take them
@@ -37,13 +38,19 @@ _WEIGHT_MAX = 63  # 7 bits; see the module
 
 
 class Int8Arithmetic:
-    """Products with weights in integers; hidden states and attention are float32, and its sums have one order."""
+    """Products with weights in integers; hidden states and attention are float32, and its sums have one order.
+
+    Args:
+        graph: the graph.
+        shape: the sizes of the decoder.
+        form: the form of the graph, `ordered_form` for a decoder. `t5_graph` writes attention itself.
+    """
 
     ordered = True
 
-    def __init__(self, graph: GraphBuilder, shape: DecoderShape, *, max_positions: int) -> None:
+    def __init__(self, graph: GraphBuilder, shape: DecoderShape, form: GraphForm | None = None) -> None:
         self.dtype = torch.float32
-        self.form = ordered_form(max_positions)
+        self.form = form or GraphForm()
         self._graph = graph
         self._shape = shape
         self._one = self._graph.tensor(torch.tensor(1.0))

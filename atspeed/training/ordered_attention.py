@@ -146,9 +146,9 @@ class OrderedArithmetic(FloatArithmetic):
 
     ordered = True
 
-    def __init__(self, graph: GraphBuilder, shape: DecoderShape, *, max_positions: int) -> None:
+    def __init__(self, graph: GraphBuilder, shape: DecoderShape, form: GraphForm) -> None:
         super().__init__(graph, shape)
-        self.form = ordered_form(max_positions)
+        self.form = form
         self._attention = attention_of(graph, shape, self.form)
 
     def attend(self, query: str, key: str, value: str) -> str:

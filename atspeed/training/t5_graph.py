@@ -28,10 +28,8 @@ from transformers import PreTrainedModel
 
 from atspeed.engine.model.decoder import kv_names
 from atspeed.engine.model.encoder_decoder import ENCODER_FILE, ENCODER_INPUTS, encoder_outputs
-from atspeed.engine.model.graph_form import GraphForm
-from atspeed.training.decoder_graph import DecoderGraph, DecoderShape, FloatArithmetic, MakeArithmetic, Module
-from atspeed.training.graph_builder import GraphBuilder, WeightFile
-from atspeed.training.int8_graph import Int8Arithmetic
+from atspeed.training.decoder_graph import DecoderGraph, FloatArithmetic, MakeArithmetic, Module
+from atspeed.training.graph_builder import WeightFile
 from atspeed.training.ordered_attention import OrderedAttention
 
 ENCODER_DATA_FILE = f"{ENCODER_FILE}.data"
@@ -49,14 +47,6 @@ class OrderedProducts(FloatArithmetic):
     """Products in float32 beside attention whose sums have one order, which `_T5Blocks` writes."""
 
     ordered = True
-
-
-class Int8Products(Int8Arithmetic):
-    """Products with weights in integers, beside attention that `_T5Blocks` writes."""
-
-    def __init__(self, graph: GraphBuilder, shape: DecoderShape) -> None:
-        super().__init__(graph, shape, max_positions=0)
-        self.form = GraphForm()
 
 
 class _T5Blocks(DecoderGraph):

@@ -26,8 +26,8 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _LOG_INTERVAL_SECONDS = 60.0
 # Bytes of a pipeline. redis-py joins its commands on the event loop, which takes some milliseconds for 8 MB.
 _WRITE_BYTES = 2**19
-# Time limit of a write. No request waits for it. Chosen, not measured.
-WRITE_TIMEOUT_SECONDS = 2.0
+# Least time limit of a write: no request waits for it. Chosen, not measured.
+_WRITE_TIMEOUT_SECONDS = 2.0
 # Write a user's hash so that it always has an expiry, counted from its first field on. Otherwise the prompts that an active
 # user has left behind would never expire. One script, as a connection may break between two commands. A hash with too many
 # fields is emptied first.
@@ -71,7 +71,7 @@ class RedisKvStore:
         ttl_seconds: time to live of what is written.
         timeout_seconds: time limit of a read.
         user_blocks: number of blocks of one user.
-        write_timeout_seconds: time limit of a write; no request waits for it.
+        write_timeout_seconds: time limit of a write; two seconds, or that of a read if it is longer, when None.
         open_seconds: time without calls after a failure.
         clock: seconds on a monotonic clock.
     """
@@ -86,7 +86,7 @@ class RedisKvStore:
         timeout_seconds: float,
         *,
         user_blocks: int = 1024,
-        write_timeout_seconds: float = WRITE_TIMEOUT_SECONDS,
+        write_timeout_seconds: float | None = None,
         open_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -99,7 +99,7 @@ class RedisKvStore:
         self._ttl_seconds = ttl_seconds
         self._user_blocks = user_blocks
         self._timeout_seconds = timeout_seconds
-        self._write_timeout_seconds = write_timeout_seconds
+        self._write_timeout_seconds = write_timeout_seconds or max(_WRITE_TIMEOUT_SECONDS, timeout_seconds)
         self._breaker = CircuitBreaker(1, open_seconds, clock)
         self._clock = clock
         self._log_at = -float("inf")
