@@ -79,7 +79,9 @@ class Planner:
             self._state.latencies.draft.curve = draft
             return
         latencies, limits = ModelLatencies(target, draft, PlanPasses.of(self._draft)), self._limits
-        self._state = PlannerState(latencies, self._trie.levels, limits.max_nodes, limits.explored_share, limits.patience)
+        self._state = PlannerState(
+            latencies, self._trie.levels, limits.max_nodes, limits.explored_share, limits.patience
+        )
 
     def for_catalogue(self, trie: Trie) -> Planner:
         """Return a planner for another catalogue of the same models. It shares the estimates if the levels agree."""
