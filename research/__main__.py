@@ -1,4 +1,4 @@
-"""Command line of the studies: acceptance, draft-kinds, plan-sizes, recommenders, precision, planner, new-items, report."""
+"""Command line of the studies: acceptance, draft-kinds, graph-times, plan-sizes, precision, planner and others."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from typing import Annotated
 
 import typer
 
+from atspeed.benchmarks.histories import choose_histories
 from atspeed.benchmarks.results import terminal_table, to_json
 from atspeed.benchmarks.services import progress_bar
 from atspeed.cli.bench.options import (
+    Histories,
     JsonFile,
+    LeastItems,
+    MostItems,
     OutFolder,
     PageFolder,
     ResultFile,
@@ -23,6 +27,7 @@ from atspeed.cli.bench.options import (
     Users,
     print_identity,
     save,
+    source_of,
     write_report,
 )
 from atspeed.cli.commands import Commands
@@ -40,13 +45,14 @@ from atspeed.cli.options import (
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.search.mode import Mode
 from atspeed.training.data import read_atspeed
-from research import acceptance, draft_kinds, plan_sizes
+from research import acceptance, draft_kinds, graph_times, plan_sizes
 from research.eval_examples import choose_cases
 from research.planner_ablation import calibration, fetch, study
 
 PAGES = {
     "acceptance": "research.acceptance_report",
     "draft-kinds": "research.draft_kinds_report",
+    "graph-times": "research.graph_times",
     "plan-sizes": "research.plan_sizes",
     "recommenders": "research.recommenders",
     "precision": "research.precision",
@@ -220,6 +226,45 @@ class LibraryMethod(StrEnum):
     """Recommender of a library."""
 
     SASREC = "sasrec"
+
+
+@app.command("graph-times")
+def run_graph_times(
+    first: BundleFolder,
+    second: Annotated[
+        Path,
+        typer.Option(
+            help="Bundle with the same catalogue, and models of the same sizes.", exists=True, file_okay=False
+        ),
+    ],
+    histories: Histories = None,
+    users: Users = 30,
+    least_items: LeastItems = 2,
+    most_items: MostItems = None,
+    cached: Annotated[
+        list[int] | None, typer.Option(min=1, max=MAX_WIDTH, help="Cached tokens of a pass.  [default: 72]")
+    ] = None,
+    k: Annotated[
+        list[int] | None, typer.Option("--k", "-k", min=1, max=MAX_WIDTH, help="Beams and items.  [default: 10 20]")
+    ] = None,
+    passes: Annotated[int, typer.Option(min=1, max=10_000, help="Timed passes of each size.")] = 40,
+    threads: Annotated[
+        list[int] | None, typer.Option(min=1, max=MAX_THREADS, help="Threads of a pass.  [default: 1]")
+    ] = None,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+    report: PageFolder = None,
+) -> None:
+    """Measure passes and lists of two bundles in turn, such as one target before and after a change of its graph."""
+    bundles = (Bundle(first), Bundle(second))
+    chosen = choose_histories(
+        bundles[0].catalogue(), histories, users, seed, least_items=least_items, most_items=most_items
+    )
+    config = graph_times.GraphTimesConfig(cached or (72,), passes, k or (10, 20), threads or (1,))
+    rows = graph_times.run(bundles, chosen, config)
+    out.print(terminal_table("median times, in turn", graph_times.COLUMNS, rows))
+    about = graph_times.header(bundles, config, users=len(chosen), histories=source_of(histories))
+    save(json_file, bundles[1], seed, to_json(rows), about, page=(report, PAGES["graph-times"]))
 
 
 @app.command("recommenders")
