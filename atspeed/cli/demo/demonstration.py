@@ -27,6 +27,7 @@ from atspeed.training.errors import DataError
 from atspeed_client import AsyncClient, RecommenderError
 
 DOWNLOADS = ROOT / "var" / "downloads"
+_WARM_UP = {"warm-up-seconds": 2.0}  # shorter than a service's: the planner corrects the cost curve by the lists of the demo
 
 
 def choose_users(dataset: Dataset, count: int) -> list[Case]:
@@ -60,7 +61,8 @@ async def demonstrate(bundle: Path, wheel: Path, console: Console, scale: DemoSc
     with local_redis() as redis_url:
         started = time.monotonic()
         # One request at a time: while the target works, the draft waits. So the target gets every core.
-        stack = LocalStack(larger.root, redis_url=redis_url, flags={"target": {"threads": os.cpu_count() or 1}})
+        flags = {"target": {"threads": os.cpu_count() or 1, **_WARM_UP}, "draft": _WARM_UP}
+        stack = LocalStack(larger.root, redis_url=redis_url, flags=flags)
         with console.status("starting the draft, the target and the orchestrator"):
             stack.start()
         try:
