@@ -32,7 +32,13 @@ from atspeed.engine.search.beams import Beams
 from atspeed.engine.search.plan import Plan, PlanSize
 from atspeed.engine.search.trie import Trie
 from atspeed.engine.speculation.acceptance_model import EMPTY_DEPTH, PlanPrefixes, WorkloadKey
-from atspeed.engine.speculation.latency_estimate import BaselinePasses, ExpectedLatency, ObservedPass, PlanCoverage
+from atspeed.engine.speculation.latency_estimate import (
+    MAX_COST_RATIO,
+    BaselinePasses,
+    ExpectedLatency,
+    ObservedPass,
+    PlanCoverage,
+)
 from atspeed.engine.speculation.latency_model import OPENS_STREAM, Pass
 from orchestrator.planning.plan_passes import PlanPlace
 from orchestrator.planning.plan_sizer import FixedPlanSizer, PlanContext, has_cached_tokens
@@ -44,8 +50,6 @@ from orchestrator.search.memo import Memo
 _OVERPROVISION = 1.5
 # Plans of a workload until observations decide. Until then each is asked for as if the draft were right. Chosen, not measured.
 _MIN_OBSERVATIONS = 16
-# Largest expected latency, relative to the target alone, for which the draft is asked: predictions are off by about 3 %.
-_MAX_COST_RATIO = 0.97
 # Shortest wait for a plan, 100 ms. On a crowded machine a draft call takes 16 to 20 ms (docs/log.md); this is five times that.
 _MIN_PATIENCE_NS = 100e6
 # Largest draft time of an exploration plan, relative to a plan of the usual size; and sizes that are tried. Chosen, not measured.
@@ -133,7 +137,7 @@ class AdaptivePlanSizer(FixedPlanSizer):
             self._report_expected(start, passes, target_only_ns)
             return None
         best = self._best_size(estimate, start, beams)
-        if best.total_ns < _MAX_COST_RATIO * target_only_ns:
+        if best.total_ns < MAX_COST_RATIO * target_only_ns:
             backoff.reset()
             return self._best_or_all_levels(start, beams, best, target_only_ns)
         backoff.extend(observations, passes, target_only_ns)

@@ -27,7 +27,9 @@ from atspeed.training.errors import DataError
 from atspeed_client import AsyncClient, RecommenderError
 
 DOWNLOADS = ROOT / "var" / "downloads"
-_WARM_UP = {"warm-up-seconds": 2.0}  # shorter than a service's: the planner corrects the cost curve by the lists of the demo
+_WARM_UP = {
+    "warm-up-seconds": 2.0
+}  # shorter than a service's: the planner corrects the cost curve by the lists of the demo
 
 
 def choose_users(dataset: Dataset, count: int) -> list[Case]:

@@ -19,6 +19,7 @@ from atspeed.engine.search.scoring import Children, ScoringRule
 from atspeed.engine.search.trie import Pruning, Trie
 from atspeed.engine.speculation.acceptance_model import AcceptanceModel, ProposedPlan, WorkloadKey
 from atspeed.engine.speculation.latency_estimate import (
+    MAX_COST_RATIO,
     BaselinePasses,
     ExpectedLatency,
     ObservedPass,
@@ -105,7 +106,7 @@ class SearchPrefetcher:
         self._shared.remaining_work.learn(self._workload, self._passes, self._baseline)
 
     def _prefetched(self, level: int, beams: Beams, missing: Int64, evaluated: Mapping[int, Children]) -> Int64:
-        """Return the prefix of the prior's plan with the least expected latency."""
+        """Return the prefix of the prior's plan with the least expected latency, or nothing if it saves too little."""
         shared = self._shared
         levels = shared.trie.levels - 1 - level
         max_nodes = min(_MAX_NODES_PER_BEAM * self._widths.largest, shared.max_nodes - len(missing))
@@ -117,7 +118,10 @@ class SearchPrefetcher:
         prefixes = proposed.prefixes()
         missed = shared.acceptance.missed(self._workload, level, prefixes.depth)
         coverage = PlanCoverage.of_prefixes(prefixes, shared.trie.depth(plan.node) - level, missed)
-        best = int(np.argmin(self._expected_latency(level, len(missing)).total_ns(coverage)))
+        expected = self._expected_latency(level, len(missing)).total_ns(coverage)
+        best = int(np.argmin(expected))
+        if expected[best] >= MAX_COST_RATIO * expected[0]:
+            best = 0
         return plan.node[prefixes.order[:best]]
 
     def _expected_latency(self, level: int, missing: int) -> ExpectedLatency:

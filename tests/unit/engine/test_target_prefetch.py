@@ -114,7 +114,7 @@ def naive_catalogue() -> NaiveTrie:
 
 @pytest.mark.parametrize(("machine", "noise"), [(FLAT, 0.1), ((10.0, 0.3), 0.1), (STEEP, 0.1), ((10.0, 2.0), 3.0)])
 def test_prefetched_levels_need_no_pass(machine: tuple[float, float], noise: float) -> None:
-    """If passes pay by the token, or users differ, prefetch costs nothing."""
+    """If passes pay by the token, or users differ, prefetch costs next to nothing."""
     widths, latency, took, alone, made = (
         BeamWidths.of(6),
         latency_of(*machine),
@@ -132,7 +132,7 @@ def test_prefetched_levels_need_no_pass(machine: tuple[float, float], noise: flo
             alone.append(milliseconds(latency, plain))
             took.append(milliseconds(latency, passes))
     if machine is STEEP or noise > 1:
-        assert np.mean(took) <= 1.02 * np.mean(alone)
+        assert np.mean(took) <= 1.01 * np.mean(alone)
     else:
         assert np.mean(made) < 3.2
         assert np.mean(took) < 0.9 * np.mean(alone)
