@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextvars import Context
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -228,12 +228,22 @@ def _fetched(url: str) -> str:
     request = Request(url, headers={"Accept": "application/json"})  # noqa: S310 - the setting allows http and https only
     try:
         with build_opener(_SameScheme).open(request, timeout=_TIMEOUT_SECONDS) as answer:
-            content: bytes = answer.read(_MAX_KEY_SET_BYTES + 1)
+            content = _body(answer)
     except (OSError, HTTPException, ValueError) as error:
         raise KeySetError(f"{url}: {type(error).__name__}") from None
     if len(content) > _MAX_KEY_SET_BYTES:
         raise KeySetError(f"{url}: larger than {_MAX_KEY_SET_BYTES} bytes")
     return content.decode("utf-8", "replace")
+
+
+def _body(answer: HTTPResponse) -> bytes:
+    """Read an answer up to the limit. Raises TimeoutError when it is not there in time, however steadily it comes."""
+    until, content = time.monotonic() + _TIMEOUT_SECONDS, b""
+    while len(content) <= _MAX_KEY_SET_BYTES and (part := answer.read1(_MAX_KEY_SET_BYTES + 1)):
+        if time.monotonic() > until:
+            raise TimeoutError
+        content += part
+    return content
 
 
 def _parsed(source: str, text: str) -> Mapping[str, jwt.PyJWK]:

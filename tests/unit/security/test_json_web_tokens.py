@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
@@ -278,6 +279,26 @@ async def test_an_issuer_that_does_not_speak_http_is_an_unreadable_one(answer: b
         await keys.load()
         with pytest.raises(UnavailableError):
             await keys.key("ec")
+
+
+async def test_an_issuer_that_answers_byte_by_byte_is_an_unreadable_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, so a time limit for one read would never end this."""
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        with contextlib.suppress(OSError), contextlib.closing(writer):
+            while True:
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(json_web_tokens, "_TIMEOUT_SECONDS", 0.2)
+    server = await asyncio.start_server(respond, "127.0.0.1", 0)
+    async with server:
+        keys = KeySet(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/keys")
+        with pytest.raises(KeySetError, match="TimeoutError"):
+            await asyncio.wait_for(keys._read(), 10)
 
 
 async def test_log_lines_of_a_reading_name_no_caller(monkeypatch: pytest.MonkeyPatch) -> None:
