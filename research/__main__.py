@@ -1,4 +1,4 @@
-"""Command line of the studies: acceptance, draft-kinds, plan-sizes, recommenders, precision, planner, new-items, long-histories, report."""
+"""Command line of the studies. `python -m research --help` lists them."""
 
 from __future__ import annotations
 

@@ -40,7 +40,11 @@ NAME, SPARSE_LISTS, SPARSE_TIME, PREFILL = "long-histories", "sparse-lists", "sp
 TOKENS = (1024, 4096)  # of a prompt
 SHARES = (0.95, 0.8, 0.5, 0.0)  # of attention that the kept keys of a sparse prefill hold; 0: the window alone
 LEAST_TOKENS = (512, 1024)  # of the prompts of the users whose lists are compared
-GATHERED = (0.65, 0.35, 0.1)  # shares of keys that a timed sparse layer gathers; the first two are those of the shares 0.95, 0.8
+GATHERED = (
+    0.65,
+    0.35,
+    0.1,
+)  # shares of keys that a timed sparse layer gathers; the first two are those of the shares 0.95, 0.8
 _K = 10
 _SHAPE = "85m"
 _PATIENCE_SECONDS = 300.0
@@ -126,7 +130,11 @@ def times(
     for folder in (run_folder, inflated):
         bundle, checkpoint = Bundle(folder / "bundle"), SpelledModel.load(folder / "target-checkpoint")
         entry = bundle.model("target")
-        models[f"{checkpoint.parameters / 1e6:.1f}M"] = (bundle.root / entry.path, entry, DecoderShape.of(checkpoint.model))
+        models[f"{checkpoint.parameters / 1e6:.1f}M"] = (
+            bundle.root / entry.path,
+            entry,
+            DecoderShape.of(checkpoint.model),
+        )
     return sparse_layer.run(models, TOKENS, GATHERED, repeats)
 
 
@@ -276,18 +284,18 @@ def _page(result: Result) -> Iterator[str]:
     yield from paragraphs(
         "## Prefill in parts",
         "Processor time of a cold prompt, one thread, in one process.\n"
-        "Served prompts are read in parts: a part's tokens have no keys behind them to mask, and the scores of all pairs are never\n"
-        "in memory together.",
+        "Served prompts are read in parts.\n"
+        "A part has no later keys to mask, and the scores of all pairs are never in memory together.",
     )
     yield from row_table(sparse_layer.PREFILL_COLUMNS, result.rows_of(PREFILL, sparse_layer.PrefillRow))
     yield from paragraphs(
         "## Sparse prefill: what it could save",
         "Processor time of the attention of all layers, one thread; the prefill is that in parts.\n"
-        f"Sparse attention lets {sample_attention.SAMPLED:.0%} of a part's queries choose keys for each head, and adds a window of "
-        f"{sample_attention.WINDOW:.0%}.\n"
+        f"In sparse attention {sample_attention.SAMPLED:.0%} of a part's queries choose keys for each head.\n"
+        f"A window of {sample_attention.WINDOW:.0%} is added.\n"
         "*Faster by*: the time of the whole prefill over that with other attention.\n"
-        "Part of what sparse attention saves is that its sums have no order; attention to all keys without ordered sums shows how "
-        "much.",
+        "Part of what sparse attention saves is that its sums have no order.\n"
+        "Attention to all keys without ordered sums shows that part.",
     )
     yield from row_table(sparse_layer.TIME_COLUMNS, result.rows_of(SPARSE_TIME, sparse_layer.SparseTimeRow))
     yield from paragraphs(

@@ -73,7 +73,7 @@ def sparse_prefill(model: Any, share: float) -> Iterator[SampleAttention]:
     """Let a model read prompts sparsely. Yields what counts the kept pairs."""
     sample = SampleAttention(share)
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
+    def attend(_module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
         groups = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
         if query.shape[2] > 1 and query.shape[2] == key.shape[2]:
@@ -148,7 +148,9 @@ def run(
     examples = [one for one, length in zip(examples, lengths, strict=True) if length >= min(least)]
     lengths = [length for length in lengths if length >= min(least)]
     exact = recommender.rank(examples, beams=_BEAMS)
-    found: dict[float, tuple[list[Ranking], list[float], list[float]]] = {1: (exact, [1.0] * len(exact), [1.0] * len(exact))}
+    found: dict[float, tuple[list[Ranking], list[float], list[float]]] = {
+        1: (exact, [1.0] * len(exact), [1.0] * len(exact))
+    }
     for share in shares:
         found[share] = _ranked(recommender, examples, share)
     rows = []

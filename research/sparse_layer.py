@@ -108,7 +108,10 @@ TIME_COLUMNS: Columns[SparseTimeRow] = (
 
 
 def run(
-    models: Mapping[str, tuple[Path, ModelEntry, DecoderShape]], tokens: Sequence[int], columns: Sequence[float], repeats: int
+    models: Mapping[str, tuple[Path, ModelEntry, DecoderShape]],
+    tokens: Sequence[int],
+    columns: Sequence[float],
+    repeats: int,
 ) -> tuple[list[PrefillRow], list[SparseTimeRow]]:
     """Time prefills in parts and in one pass, and the attention of their layers. columns: shares of gathered keys."""
     prefills, times = [], []
@@ -122,9 +125,10 @@ def run(
                 PrefillRow(name, count, PROMPT_PART, in_parts, bits_equal=True),
                 PrefillRow(name, count, count, at_once, bits_equal=found == expected),
             ]
-            for share in columns:
-                measured = layers.seconds(count, share, repeats)
-                times.append(SparseTimeRow(name, count, in_parts, columns=share, **measured))
+            times += [
+                SparseTimeRow(name, count, in_parts, columns=share, **measured)
+                for share, measured in layers.seconds(count, columns, repeats).items()
+            ]
     return prefills, times
 
 
@@ -157,8 +161,8 @@ class _Layers:
         kinds = ("plain", "sparse", "choosing")
         self._sessions = {"ordered": _served(shape, decoder.form)} | {kind: _simple(shape, kind) for kind in kinds}
 
-    def seconds(self, tokens: int, columns: float, repeats: int) -> dict[str, float]:
-        """Return the processor seconds of all layers by kind: the median of some prefills."""
+    def seconds(self, tokens: int, columns: Sequence[float], repeats: int) -> dict[float, dict[str, float]]:
+        """Return the processor seconds of all layers, by share of gathered keys and by kind: medians of some prefills."""
         rng, shape = np.random.default_rng(1), self._shape
         query = rng.standard_normal((1, tokens, shape.heads * shape.head_dim), dtype=np.float32)
         keys = rng.standard_normal((2, tokens, 1, shape.kv_heads, shape.head_dim), dtype=np.float32)
@@ -166,21 +170,28 @@ class _Layers:
         own = np.repeat(keys[:, :, 0], shape.heads // shape.kv_heads, axis=2)
         parts = [(start, min(tokens, start + PROMPT_PART)) for start in range(0, tokens, PROMPT_PART)]
         fed = {
-            "ordered": [self._served_feeds(query, keys, *part) for part in parts],
-            "plain": [self._feeds(query, own, *part, None) for part in parts],
-            "sparse": [self._feeds(query, own, *part, columns) for part in parts],
+            ("ordered", 1.0): [self._served_feeds(query, keys, *part) for part in parts],
+            ("plain", 1.0): [self._feeds(query, own, *part, None) for part in parts],
         }
-        fed["choosing"] = [feeds for feeds in fed["sparse"] if "chosen" in feeds]
-        taken: dict[str, list[float]] = {name: [] for name in fed}
+        for share in columns:
+            fed["sparse", share] = [self._feeds(query, own, *part, share) for part in parts]
+            fed["choosing", share] = [feeds for feeds in fed["sparse", share] if "chosen" in feeds]
+        taken: dict[tuple[str, float], list[float]] = {way: [] for way in fed}
         for _ in range(repeats):
-            for name, every in fed.items():
-                begun = time.process_time()
-                for feeds in every:
-                    # While the window reaches the first key, sparse attention is plain attention.
-                    session = self._sessions["plain" if name == "sparse" and "chosen" not in feeds else name]
-                    session.run(None, feeds)
-                taken[name].append(time.process_time() - begun)
-        return {name: self._layers * float(np.median(every)) for name, every in taken.items()}
+            for way, every in fed.items():
+                taken[way].append(self._run(way[0], every))
+        found = {way: self._layers * float(np.median(every)) for way, every in taken.items()}
+        whole = {kind: found[kind, 1.0] for kind in ("ordered", "plain")}
+        return {share: whole | {kind: found[kind, share] for kind in ("sparse", "choosing")} for share in columns}
+
+    def _run(self, kind: str, parts: Sequence[dict[str, Any]]) -> float:
+        """Run the parts of a prefill, and return the processor seconds."""
+        begun = time.process_time()
+        for feeds in parts:
+            # While the window reaches the first key, sparse attention is plain attention.
+            session = self._sessions["plain" if kind == "sparse" and "chosen" not in feeds else kind]
+            session.run(None, feeds)
+        return time.process_time() - begun
 
     def _served_feeds(self, query: Float32, keys: Float32, start: int, end: int) -> dict[str, Any]:
         visible = np.tri(end - start, end, k=start, dtype=bool)[None]
@@ -242,12 +253,10 @@ class _SimpleGraph(GraphBuilder):
 
     @property
     def _scale(self) -> float:
-        return self._head_dim**-0.5
+        return float(self._head_dim**-0.5)
 
     def _scores(self, query: str, key: str) -> str:
-        return self.op(
-            "FusedMatMul", query, key, domain="com.microsoft", alpha=self._scale, transB=1, transBatchB=1
-        )
+        return self.op("FusedMatMul", query, key, domain="com.microsoft", alpha=self._scale, transB=1, transBatchB=1)
 
     def _by_heads(self, shares: str, value: str) -> str:
         return self.op("FusedMatMul", shares, value, domain="com.microsoft", transBatchB=1)
@@ -271,8 +280,8 @@ def _simple(shape: DecoderShape, kind: str) -> ort.InferenceSession:
     }
     if kind != "plain":
         inputs |= {name: TensorSpec("int64", ("some",)) for name in ("sampled", "chosen", "first")}
-    output = {last: TensorSpec("int64" if kind == "choosing" else "float32", ("heads", "rows", "columns")[: 2 if kind == "choosing" else 3])}
-    return _session(graph.finished(kind, inputs, output))
+    places, mixed = TensorSpec("int64", ("heads", "places")), TensorSpec("float32", ("heads", "new", "columns"))
+    return _session(graph.finished(kind, inputs, {last: places if kind == "choosing" else mixed}))
 
 
 def _served(shape: DecoderShape, form: GraphForm) -> ort.InferenceSession:

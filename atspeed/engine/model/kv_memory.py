@@ -22,8 +22,8 @@ class KvMemory(Protocol):
 
     `HostMemory` holds one array per session; `DeviceMemory` holds pages of a pool on the model's device. The steps of a session:
     `lookup`, then `reserve` and `begin` before each pass, `run`, after each pass over the prompt `keep_prompt`, after the last of
-    them or a cancellation `remember`, and `release` at its end. `begin`, `run` and `keep_prompt` are for the worker thread: they may copy keys and values. All others are for the
-    event loop and copy none; `reserve` is for both.
+    them or a cancellation `remember`, and `release` at its end. `begin`, `run` and `keep_prompt` are for the worker thread: they
+    may copy keys and values. All others are for the event loop and copy none; `reserve` is for both.
     """
 
     @property

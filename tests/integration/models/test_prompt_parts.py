@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from atspeed.engine.arrays import Int64
 from atspeed.engine.errors import NoNumbersError
 from atspeed.engine.model import tree_evaluator
+from atspeed.engine.model.batch_decoder import TreeOutput
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.model.tree_session import ProgramRun, Selection, TreeSession
 from atspeed.engine.search.scoring import Evaluation
@@ -56,6 +57,12 @@ async def first_pass(evaluator: TreeEvaluator, prompt: Int64, nodes: Int64) -> t
     return found, tree
 
 
+async def until_queued(evaluator: TreeEvaluator) -> None:
+    async with asyncio.timeout(LIVENESS_SECONDS):
+        while not evaluator.queued_passes:  # noqa: ASYNC110 - the queue has no event
+            await asyncio.sleep(0)
+
+
 @contextmanager
 def held_before(evaluator: TreeEvaluator, number: int) -> Iterator[tuple[list[int], threading.Event, threading.Event]]:
     """Hold the pass of this number, from 1 on. Gives the new tokens of all passes, and the events of its begin and release."""
@@ -76,11 +83,13 @@ def held_before(evaluator: TreeEvaluator, number: int) -> Iterator[tuple[list[in
 
 @settings(max_examples=25)
 @given(
-    part=st.integers(1, 24), items=st.integers(1, 14), cached=st.integers(0, 14), seed=st.integers(0, 3), tree=st.booleans()
+    part=st.integers(1, 24),
+    items=st.integers(1, 14),
+    cached=st.integers(0, 14),
+    seed=st.integers(0, 3),
+    tree=st.booleans(),
 )
-def test_no_bit_depends_on_the_parts(
-    models: Models, part: int, items: int, cached: int, seed: int, tree: bool
-) -> None:
+def test_no_bit_depends_on_the_parts(models: Models, part: int, items: int, cached: int, seed: int, tree: bool) -> None:
     """Of scores, and of cached keys and values, behind any cached beginning; statistics are those of one pass."""
     prompt = models.prompt(items, seed)
     nodes = np.array(models.naive.inner() if tree else [ROOT])
@@ -101,7 +110,13 @@ def test_no_bit_depends_on_the_parts(
     found, in_parts = asyncio.run(evaluated(part, cached))
     assert found == expected
     [one], [same] = in_parts.passes, whole.passes
-    assert (one.nodes, one.stats.new_tokens, one.stats.batch_tokens, one.stats.cached_tokens, one.stats.batch_requests) == (
+    assert (
+        one.nodes,
+        one.stats.new_tokens,
+        one.stats.batch_tokens,
+        one.stats.cached_tokens,
+        one.stats.batch_requests,
+    ) == (
         same.nodes,
         same.stats.new_tokens,
         same.stats.batch_tokens,
@@ -119,8 +134,7 @@ async def test_other_requests_come_between_two_parts(models: Models) -> None:
             reading = asyncio.create_task(first_pass(evaluator, long, np.array([ROOT])))
             await asyncio.to_thread(entered.wait, LIVENESS_SECONDS)
             other = asyncio.create_task(first_pass(evaluator, short, np.array([ROOT])))
-            while not evaluator.queued_passes:
-                await asyncio.sleep(0)
+            await until_queued(evaluator)
             go_on.set()
             await asyncio.gather(reading, other)
     left = len(long) - 8 * (len(tokens) - 2)
@@ -157,7 +171,7 @@ async def test_part_without_numbers_is_in_no_cache(models: Models) -> None:
             start = of.tree.tokens.length
             if start >= 8:
                 of.tree.tokens.kv[:, :, start : start + len(step.tokens)] = np.nan
-                found[0].log_normalizer[:] = np.nan
+                cast("TreeOutput", found[0]).log_normalizer[:] = np.nan
             return found
 
         with patch.object(evaluator.open_kv, "run", damaged), pytest.raises(NoNumbersError):

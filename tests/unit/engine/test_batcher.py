@@ -62,7 +62,10 @@ def test_pass_behind_n_others_runs_within_n_plus_one_batches(
 
 
 class Gate:
-    """Work that waits for its release. batches: what ran together. more: passes that a work has after its first one; behind: those that give way."""
+    """Work that waits for its release. batches: what ran together.
+
+    more: passes that a work has after its first one. behind: works whose next pass gives way to the requests that wait.
+    """
 
     def __init__(self, **more: int) -> None:
         self.batches: list[list[str]] = []
