@@ -1,4 +1,4 @@
-"""Long histories: the time of a list with and without a prefill after the event, and what sparse prefill would save and cost.
+"""Long histories: prompts read after the event, and what sparse prefill would save.
 
 Lists come from the real services on an inflated target. A user's list is asked for in three states: nothing of the prompt is
 cached; the target has read the prompt after the events; or one more event came, and the request before the target could read it.

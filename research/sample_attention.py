@@ -1,8 +1,9 @@
-"""Sparse prefill by SampleAttention (arXiv 2406.15486) in torch: the lists of a model whose prompts are read that way.
+"""Sparse prefill by SampleAttention in torch: the lists of a model that reads so.
 
-In each head, a sample of the queries scores all keys. The keys that hold a share of the sampled attention are kept for all
-queries, and beside them a window of the newest keys before each query. Only the pass over the prompt is sparse; beams attend to
-all of it. Steps and shares are those of the paper; its kernels are not here, so this says nothing about time.
+Source: arXiv 2406.15486. In each head, a sample of the queries scores all keys. The keys that hold a share of the sampled
+attention are kept for all queries, and beside them a window of the newest keys before each query. Only the pass over the prompt
+is sparse; beams attend to all of it. Steps and shares are those of the paper; its kernels are not here, so this says nothing
+about time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from atspeed.benchmarks.intervals import Interval, bootstrap
-from atspeed.benchmarks.results import Columns
+from atspeed.benchmarks.results import BenchmarkError, Columns
 from atspeed.training.evaluate import EvalExample, ModelRecommender, Ranking
 from research.eval_examples import quality
 
@@ -147,6 +148,8 @@ def run(
     lengths = [len(recommender.sequencer.prompt(example.history)) for example in examples]
     examples = [one for one, length in zip(examples, lengths, strict=True) if length >= min(least)]
     lengths = [length for length in lengths if length >= min(least)]
+    if not lengths or max(lengths) < max(least):
+        raise BenchmarkError(f"--users: none has a prompt of {max(least)} tokens")
     exact = recommender.rank(examples, beams=_BEAMS)
     found: dict[float, tuple[list[Ranking], list[float], list[float]]] = {
         1: (exact, [1.0] * len(exact), [1.0] * len(exact))
