@@ -1,8 +1,8 @@
 """Time of a prefill, of its attention, and of sparse attention in its place.
 
-Attention is timed one layer at a time. The sparse layer is a graph of standard operators. In each part of the prompt, some queries score all keys; the keys of the
-largest sums are gathered for each head, and the newest ones follow as a window. It promises no order of sums, so plain attention
-without that promise is timed too. Times are processor seconds of one thread.
+Attention is timed one layer at a time. The sparse layer is a graph of standard operators. In each part of the prompt, some
+queries score all keys; the keys of the largest sums are gathered for each head, and the newest ones follow as a window. It
+promises no order of sums, so plain attention without that promise is timed too. Times are processor seconds of one thread.
 """
 
 from __future__ import annotations
