@@ -1,4 +1,4 @@
-"""Command line of the studies: acceptance, draft-kinds, graph-times, plan-sizes, precision, planner and others."""
+"""Command line of the studies. `python -m research --help` lists them."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ PAGES = {
     "recommenders": "research.recommenders",
     "precision": "research.precision",
     "planner": "research.planner_ablation.report",
+    "long-histories": "research.long_histories",
 }
 """The module that writes a result's page, by the `benchmark` of its header."""
 
@@ -403,6 +404,42 @@ def run_new_items(
     out.print(terminal_table("Items that training has not seen", new_items.COLUMNS, rows))
     bundle = Bundle(run_folder / "run" / "bundle")
     save(json_file, bundle, seed, to_json(rows), new_items.header(config, dataset))
+
+
+@app.command("long-histories")
+def run_long_histories(
+    run_folder: Annotated[
+        Path, typer.Option(help="Folder of the training, which continues where it was stopped.", file_okay=False)
+    ],
+    recipe: Annotated[Path, typer.Option(help="Recipe with long prompts.", exists=True, dir_okay=False)] = Path(
+        "runs/movielens-long.toml"
+    ),
+    data: RunData = None,
+    users: Users = 1000,
+    rounds: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Users of each length, and timed prefills.")] = 3,
+    threads: Threads = 2,
+    seed: Seed = 1,
+    json_file: JsonFile = None,
+    report: PageFolder = None,
+) -> None:
+    """Time lists of long histories through the services, and measure what sparse prefill would save and cost."""
+    long, recipes = optional("research.long_histories"), optional("atspeed.training.recipe")
+    optional("transformers.utils.logging").disable_progress_bar()
+    read, config = recipes.read_recipe(recipe), long.LongConfig(rounds, threads, seed)
+    trained, inflated = long.bundles(read, run_folder, data)
+    rows = long.lists(inflated / "bundle", config)
+    out.print(terminal_table("Lists", long.COLUMNS, rows))
+    prefills, times = long.times(trained, inflated, rounds)
+    out.print(terminal_table("Prefills", long.sparse_layer.PREFILL_COLUMNS, prefills))
+    out.print(terminal_table("Sparse attention", long.sparse_layer.TIME_COLUMNS, times))
+    sparse = long.sparse_lists(trained, data, users, seed)
+    out.print(terminal_table("Lists after sparse prefills", long.sample_attention.COLUMNS, sparse))
+    found = to_json(rows, kind=long.NAME) + to_json(prefills, kind=long.PREFILL)
+    found += to_json(times, kind=long.SPARSE_TIME) + to_json(sparse, kind=long.SPARSE_LISTS)
+    about = long.header(config, read.name)
+    save(json_file, Bundle(inflated / "bundle"), seed, found, about, page=(report, PAGES[long.NAME]))
+    if different := sum(row.users - row.identical for row in rows):
+        raise CommandError(f"{different} lists differ from the cold list of their history")
 
 
 @app.command("report")

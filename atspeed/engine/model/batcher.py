@@ -96,9 +96,15 @@ def next_batch(waiting: Sequence[PassSize], limits: BatchLimits) -> list[int]:
 
 @dataclass(frozen=True)
 class Reschedule:
-    """A result in place of an outcome: the work needs another pass, of this size."""
+    """A result in place of an outcome: the work needs another pass.
+
+    Attributes:
+        size: the size of that pass.
+        behind: true if the requests that wait come first.
+    """
 
     size: PassSize
+    behind: bool = False
 
 
 @dataclass(eq=False)
@@ -108,7 +114,7 @@ class QueuedRequest(Generic[Work, Outcome]):
     Attributes:
         work: the caller's description of the passes.
         size: the size of its next pass.
-        began_at: the time at which the request began, by `time.monotonic`. It orders the queue.
+        began_at: the time at which the request began or last gave way, by `time.monotonic`. It orders the queue.
         delay_seconds: time that each of its passes waits for co-batched requests.
         done: resolves when the work is done; it is cancelled when the request has left the queue.
         delayed_until: the time at which its next pass stops waiting for co-batched requests.
@@ -129,7 +135,8 @@ class Batcher(Generic[Work, Outcome]):
 
     The queue has the order in which requests began, whatever pass they are at: a request that has begun is finished before newer
     ones start. Taking turns would finish all of them late and none earlier. Work that returns `Reschedule` keeps its place: its
-    next pass starts at once, unless an older request waits. It is never refused, however full the queue is.
+    next pass starts at once, unless an older request waits. It is never refused, however full the queue is. Long work does take
+    turns: it goes `behind` those that wait.
 
     A batch forms when the worker is idle. So a pass that finds it idle never waits, unless limits.delay_seconds is set.
 
@@ -214,9 +221,11 @@ class Batcher(Generic[Work, Outcome]):
         request.delayed_until = time.monotonic() + request.delay_seconds
         bisect.insort(self._queue, request, key=lambda queued: queued.began_at)
 
-    def _requeue(self, request: QueuedRequest[Work, Outcome], size: PassSize) -> None:
+    def _requeue(self, request: QueuedRequest[Work, Outcome], again: Reschedule) -> None:
         with self._changed:
-            request.size = size
+            request.size = again.size
+            if again.behind:
+                request.began_at = time.monotonic()
             if not request.cancelled:
                 self._enqueue(request)
                 return
@@ -231,7 +240,7 @@ class Batcher(Generic[Work, Outcome]):
         try:
             for request, outcome in zip(batch, self._run([request.work for request in batch]), strict=True):
                 if isinstance(outcome, Reschedule):
-                    self._requeue(request, outcome.size)
+                    self._requeue(request, outcome)
                 else:
                     _deliver(request, outcome)
                 answered += 1

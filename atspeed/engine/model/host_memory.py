@@ -75,15 +75,15 @@ class HostMemory:
         return [*self.batch_decoder.run([_input(run.tree.tokens, step) for run, step in passes])]
 
     def keep_prompt(self, tree: TreeSession) -> None:
-        """Copy the prompt's blocks that no cache had."""
-        tree.new_blocks = self._prompts.new_blocks(tree)
+        """Copy the prompt's blocks that no cache had. A new list each time: the event loop may have taken the last one."""
+        tree.new_blocks = [*tree.new_blocks, *self._prompts.new_blocks(tree)]
 
     def remember(self, tree: TreeSession) -> None:
         """Hand the copied blocks to the prefix cache."""
         blocks = tree.new_blocks
         tree.new_blocks = []
         if blocks:
-            self._prompts.remember(tree.keys, blocks)
+            self._prompts.remember(tree.keys[: tree.known_blocks + len(blocks)], blocks)
 
     def release(self, tree: TreeSession) -> None:
         """Give the tree's buffer back to the pool."""

@@ -21,9 +21,9 @@ class KvMemory(Protocol):
     """The memory of open sessions, and the passes over it.
 
     `HostMemory` holds one array per session; `DeviceMemory` holds pages of a pool on the model's device. The steps of a session:
-    `lookup`, then `reserve` and `begin` before each pass, `run`, after the first pass `keep_prompt` and `remember`, and `release`
-    at its end. `begin`, `run` and `keep_prompt` are for the worker thread: they may copy keys and values. All others are for the
-    event loop and copy none; `reserve` is for both.
+    `lookup`, then `reserve` and `begin` before each pass, `run`, after each pass over the prompt `keep_prompt`, after the last of
+    them or a cancellation `remember`, and `release` at its end. `begin`, `run` and `keep_prompt` are for the worker thread: they
+    may copy keys and values. All others are for the event loop and copy none; `reserve` is for both.
     """
 
     @property
@@ -54,7 +54,7 @@ class KvMemory(Protocol):
         """
 
     def keep_prompt(self, tree: TreeSession) -> None:
-        """Prepare what `remember` keeps: called once, after the first pass, if its scores are finite."""
+        """Prepare what `remember` keeps: called after each pass over the prompt whose scores are finite."""
 
     def remember(self, tree: TreeSession) -> None:
         """Hand the prompt's blocks that no cache had to the prefix cache, if `keep_prompt` was called since the last time."""

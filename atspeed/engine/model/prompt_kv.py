@@ -51,8 +51,10 @@ class PromptKv:
         session.tokens.fill_prefix(session.cached_blocks)
 
     def new_blocks(self, session: TreeSession) -> list[KvArray]:
-        """Copy the prompt's blocks that no cache had."""
-        return copy_blocks(self._layout, session.tokens.kv, len(session.cached_blocks), len(session.keys))
+        """Copy the prompt's whole blocks that were computed since the last call, and that no cache had."""
+        done = session.known_blocks + len(session.new_blocks)
+        computed = min(len(session.keys), session.tokens.length // self._layout.block_tokens)
+        return copy_blocks(self._layout, session.tokens.kv, done, computed)
 
     def remember(self, keys: Sequence[bytes], new: Sequence[KvArray]) -> None:
         """Hand new blocks to the cache."""

@@ -107,6 +107,18 @@ class TokenTree:
             visible[row, places] = True
         return MaskedPass(step.tokens, step.positions, step.rows, visible, np.arange(cached + total) >= prompt)
 
+    def plan_prompt(self, tokens: int) -> TreePass:
+        """Return the pass that computes so many more tokens of the prompt, and no node. Its one row is the last of them."""
+        start, end = self.length, self.length + tokens
+        visible = np.tri(tokens, end, k=start, dtype=bool)
+        return MaskedPass(
+            self.prompt[start:end],
+            np.arange(start, end),
+            np.array([tokens - 1]),
+            visible,
+            np.zeros(end, dtype=bool),
+        )
+
     def _planned(self, trie: Trie, nodes: Int64, code_tokens: Int64) -> tuple[TreePass, int, _Ancestry]:
         """Return a pass without what its tokens see, the number of its prompt tokens, and the ancestry of its nodes."""
         cached, prompt = self.length, len(self.prompt)

@@ -38,6 +38,9 @@ from atspeed.engine.search.trie import ENDED, ROOT, Pruning, Trie
 _OPEN_KV_BYTES = 4 * 2**30  # default of the setting kv_open_mb
 # Trees of the check at the load. Before the sums had an order, nearly every node of such a tree moved.
 _CHECKED_TREES, _CHECKED_PROMPT, _CHECKED_NODES = 4, 128, 24
+# Prompt tokens of a pass, while more than two such parts are left. Other requests wait for a part at most. Shorter parts save no
+# more memory or time (docs/benchmarks/long-histories.md).
+PROMPT_PART = 128
 Part = TypeVar("Part")
 
 
@@ -47,6 +50,10 @@ class TreeEvaluator:
     All methods are for the event loop, and none moves keys and values on it: those of a prompt may be hundreds of megabytes, so
     the worker thread allocates them and copies them in and out. Cancelling `evaluate` or `run_steps` stops the wait: a queued
     pass never begins, a running pass ends and its result is dropped. A cancelled session can only be ended, with `end`.
+
+    On the host a long prompt is read in parts, `PROMPT_PART` tokens a pass. Passes of other requests come between two parts. The
+    parts that were read before a cancellation stay in the prefix cache. No bit of a score depends on the parts
+    (docs/decisions/0037-sums-in-one-order.md). Statistics have all parts as one pass.
 
     Attributes:
         decoder: the model.
@@ -76,6 +83,7 @@ class TreeEvaluator:
         self.plan_invariant = entry.plan_invariant and not isinstance(decoder, DeviceDecoder)
         self._layout = layout
         self._prompts = prompt_kv(decoder, entry, layout, cache)
+        self._splits_prompts = entry.encoder is None and not isinstance(decoder, DeviceDecoder)
         self._code_tokens = np.asarray(entry.code_tokens, dtype=np.int64)
         self.open_kv = self._memory(cache, open_kv_bytes)
         # One column of each code token: levels may share tokens.
@@ -128,12 +136,13 @@ class TreeEvaluator:
         except StopIteration as end:
             return cast("Found", end.value), PassStats()
         size = self._admitted(tree, nodes)
-        run = ProgramRun(tree, steps, selection, nodes, time.perf_counter_ns())
+        queued = time.perf_counter_ns()
+        run = ProgramRun(tree, steps, selection, nodes, queued, queued)
         tree.last_request = self._batcher.put(run, size, began_at=tree.opened_at, may_wait=not tree.synthetic)
         try:
             found = await self._batcher.outcome(tree.last_request)
         finally:
-            self.open_kv.remember(tree)  # the blocks of a first pass, even if a later pass failed
+            self.open_kv.remember(tree)  # the blocks of the prompt, even if a later pass failed
         return cast("Found", found), reduce(add, [done.stats for done in tree.passes[made:]])
 
     def end(self, tree: TreeSession) -> None:
@@ -221,7 +230,16 @@ class TreeEvaluator:
         self._check_nodes(tree.tokens, nodes)
         size = self._size(tree, nodes)
         self.open_kv.reserve(tree, size.cached_tokens + size.new_tokens)
-        return size
+        return self._next_pass(tree, size)
+
+    def _next_pass(self, tree: TreeSession, rest: PassSize) -> PassSize:
+        """Return the size of the next pass of a tree. rest: all that is left until its nodes are evaluated."""
+        part = self._part(len(tree.tokens.prompt) - rest.cached_tokens)
+        return PassSize(part, rest.cached_tokens) if part else rest
+
+    def _part(self, prompt_tokens: int) -> int:
+        """Return the prompt tokens of the next pass, if so many are left; 0 if it computes all of them."""
+        return PROMPT_PART if self._splits_prompts and prompt_tokens > 2 * PROMPT_PART else 0
 
     def _size(self, tree: TreeSession, nodes: Int64) -> PassSize:
         """Return the size of a pass, cached blocks included that the first pass still has to copy into the tree."""
@@ -240,7 +258,7 @@ class TreeEvaluator:
 
         If the model itself fails, nothing has been committed, and each run can be repeated.
         """
-        begun = time.perf_counter_ns()
+        begun, read = time.perf_counter_ns(), _reported_tokens(runs)
         steps = [_attempt(self._prepare, run) for run in runs]
         ready = [(run, step) for run, step in zip(runs, steps, strict=True) if isinstance(step, TreePass)]
         outputs = iter(self.open_kv.run(ready) if ready else ())
@@ -248,7 +266,7 @@ class TreeEvaluator:
             forward_ns=time.perf_counter_ns() - begun,
             batch_requests=len(ready),
             batch_tokens=len(ready) * max((len(step.tokens) for _, step in ready), default=0)
-            + sum(run.tree.lookup_stats.new_tokens for run, _ in ready),
+            + (_reported_tokens(runs) - read),  # of the encoder
         )
         for run, step in zip(runs, steps, strict=True):
             if isinstance(step, TreePass):
@@ -260,11 +278,16 @@ class TreeEvaluator:
     def _prepare(self, run: ProgramRun) -> TreePass:
         """Give the tree its memory, with the cached blocks before its first pass, and plan the pass."""
         self.open_kv.begin(run.tree)
-        return run.tree.tokens.plan_pass(self.trie, run.nodes, self._code_tokens)
+        tree = run.tree.tokens
+        if part := self._part(len(tree.prompt) - tree.length):
+            return tree.plan_prompt(part)
+        return tree.plan_pass(self.trie, run.nodes, self._code_tokens)
 
     def _finish(self, run: ProgramRun, step: TreePass, output: PassResult, begun: int, forward: PassStats) -> object:
         """Commit a pass and advance the program: another pass, or its result."""
         tree = run.tree
+        if tree.tokens.length + len(step.tokens) < len(tree.tokens.prompt):
+            return self._finish_part(run, step, output, begun, forward)
         first = tree.tokens.length < len(tree.tokens.prompt)
         tree.tokens.commit(step, run.nodes)
         if first and isinstance(output, TreeOutput) and output.state is not None:
@@ -276,12 +299,11 @@ class TreeEvaluator:
             self.open_kv.keep_prompt(tree)
             tree.cached_blocks = ()
         done = time.perf_counter_ns()
-        stats = replace(
-            tree.lookup_stats,
-            queue_ns=begun - run.queued_ns,
+        stats = tree.lookup_stats + PassStats(
+            queue_ns=begun - run.waiting_ns,
             forward_ns=forward.forward_ns + done - copying,
             selection_ns=copying - selecting,
-            new_tokens=tree.lookup_stats.new_tokens + len(step.tokens),
+            new_tokens=len(step.tokens),
             batch_requests=forward.batch_requests,
             batch_tokens=forward.batch_tokens,
             unordered_passes=int(not self.plan_invariant),
@@ -289,6 +311,24 @@ class TreeEvaluator:
         tree.lookup_stats = PassStats()
         tree.passes.append(CompletedPass(len(run.nodes), stats, run.queued_ns, done, valid))
         return self._next(run, evaluation) if isinstance(evaluation, Evaluation) else evaluation
+
+    def _finish_part(
+        self, run: ProgramRun, step: TreePass, output: PassResult, begun: int, forward: PassStats
+    ) -> Reschedule:
+        """Commit a part of the prompt. The next part comes behind the requests that wait."""
+        tree, copying = run.tree, time.perf_counter_ns()
+        tree.tokens.commit(step, np.empty(0, dtype=np.int64))
+        # The last token attends to all others, so numbers that are not finite reach it.
+        if isinstance(output, TreeOutput) and np.isfinite(output.log_normalizer).all():
+            self.open_kv.keep_prompt(tree)
+        queue_ns, run.waiting_ns = begun - run.waiting_ns, time.perf_counter_ns()
+        tree.lookup_stats += replace(
+            forward,
+            queue_ns=queue_ns,
+            forward_ns=forward.forward_ns + run.waiting_ns - copying,
+            new_tokens=len(step.tokens),
+        )
+        return Reschedule(self._next_pass(tree, self._size(tree, run.nodes)), behind=True)
 
     def _evaluation(self, run: ProgramRun, output: PassResult) -> Evaluation | NoNumbersError:
         if not isinstance(output, TreeOutput):
@@ -318,7 +358,7 @@ class TreeEvaluator:
         except StopIteration as end:
             return end.value
         size = self._admitted(run.tree, run.nodes)
-        run.queued_ns = time.perf_counter_ns()
+        run.queued_ns = run.waiting_ns = time.perf_counter_ns()
         return Reschedule(size)
 
     def _check_prompt(self, prompt: Int64) -> None:
@@ -344,6 +384,11 @@ class TreeEvaluator:
 def _within_sums(limits: BatchLimits, decoder: ModelDecoder) -> BatchLimits:
     """Return the limits under which a host's graph keeps the order of its sums."""
     return limits if isinstance(decoder, DeviceDecoder) else replace(limits, row_keys=decoder.shared_keys)
+
+
+def _reported_tokens(runs: Sequence[ProgramRun]) -> int:
+    """Return the tokens that the next passes will report besides their own: of the encoder, and of parts of prompts."""
+    return sum(run.tree.lookup_stats.new_tokens for run in runs)
 
 
 def _one_pass(nodes: Int64) -> PassProgram[Evaluation]:

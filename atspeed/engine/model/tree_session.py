@@ -64,11 +64,12 @@ class TreeSession:
         tokens: the token tree.
         keys: the block keys of the prompt's whole blocks.
         cached_blocks: the blocks that the prefix cache had on the host, until the first pass has read them.
-        lookup_stats: the statistics of the lookup and of the encoder, until a pass reports them as part of its own.
+        lookup_stats: the statistics of the lookup, the encoder and earlier parts of the prompt, until the first pass with nodes
+            reports them as part of its own.
         opened_at: the time by `time.monotonic`. Passes of older sessions come first.
         synthetic: true for measurements and checks, which no request waits for: their passes wait for no co-batched request.
         capacity: tokens of KV that are reserved on the host.
-        new_blocks: the blocks that no cache had, from the first pass until the cache has them; on the host.
+        new_blocks: the blocks that no cache had, from their pass until the cache has them; on the host.
         pages: the device's pages that are held, in the order of the tree's tokens; none on the host.
         known_blocks: the prompt's blocks that a cache had, on the device or on the host.
         new_from: on a device, the first block that no cache had, from the first pass until the cache has it.
@@ -103,6 +104,7 @@ class ProgramRun:
         selection: the choice of children.
         nodes: the nodes of its next pass, int64 [n].
         queued_ns: the time at which that pass was queued, by `time.perf_counter_ns`.
+        waiting_ns: the same, of the part of a long prompt that comes next.
     """
 
     tree: TreeSession
@@ -110,3 +112,4 @@ class ProgramRun:
     selection: Selection
     nodes: Int64
     queued_ns: int
+    waiting_ns: int

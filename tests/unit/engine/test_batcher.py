@@ -62,11 +62,15 @@ def test_pass_behind_n_others_runs_within_n_plus_one_batches(
 
 
 class Gate:
-    """Work that waits for its release. batches: what ran together. more: passes that a work has after its first one."""
+    """Work that waits for its release. batches: what ran together.
+
+    more: passes that a work has after its first one. behind: works whose next pass gives way to the requests that wait.
+    """
 
     def __init__(self, **more: int) -> None:
         self.batches: list[list[str]] = []
         self.more = more
+        self.behind: set[str] = set()
         self.entered = threading.Semaphore(0)
         self.release = threading.Semaphore(0)
 
@@ -81,7 +85,7 @@ class Gate:
     def _outcome(self, work: str) -> str | Reschedule | Exception:
         if self.more.get(work):
             self.more[work] -= 1
-            return Reschedule(SMALL)
+            return Reschedule(SMALL, behind=work in self.behind)
         return CapacityError(work) if work == "refused" else work.upper()
 
     async def entrance(self) -> None:
@@ -163,6 +167,26 @@ async def test_rescheduled_work_precedes_younger_work_and_is_never_refused() -> 
     gate.release.release(10)
     assert await asyncio.gather(first, *others) == ["A", "B", "C", "D"]
     assert gate.batches == [["a"], ["a", "b"], ["a", "b"], ["c", "d"]]
+    await batcher.close()
+
+
+async def test_long_work_takes_turns_with_the_requests_that_wait() -> None:
+    """Those come first that waited when its pass ended, with all their passes; and then one pass at a time."""
+    gate = Gate(long=3, short=1)
+    gate.behind = {"long"}
+    batcher = Batcher(gate, BatchLimits(requests=1))
+    tasks = start(batcher, "long")
+    await gate.entrance()
+    tasks += start(batcher, "short", "other")
+    await asyncio.sleep(0)
+    gate.release.release()
+    await gate.entrance()
+    tasks += start(batcher, "late")
+    await asyncio.sleep(0)
+    gate.release.release(10)
+    await asyncio.gather(*tasks)
+    names = [name for [name] in gate.batches]
+    assert names == ["long", "short", "short", "other", "long", "late", "long", "long"]
     await batcher.close()
 
 
