@@ -99,11 +99,14 @@ beauty: beauty-bundle
 # To docs/benchmarks/losses/. Strict, and relaxed sampling, which is what AtSpeed-R is made for.
 .PHONY: beauty-losses
 beauty-losses: beauty-bundle
-	$(BIN)/atspeed train-drafts runs/beauty-losses.toml --run-folder $(BEAUTY) --data "$(DATA)" --workers $(PROCESSES)
-	@mkdir -p docs/benchmarks/losses
-	$(BIN)/python -m research acceptance --bundle $(BEAUTY)/drafts/target/bundle --data "$(DATA)" --users $(USERS) \
-	    $$(sed 's/^/--draft /' $(BEAUTY)/drafts/bundles.txt) --mode strict --mode relaxed-sampling -k 10 -k 20 \
-	    --budget 40 --budget 120 --budget 240 --json docs/benchmarks/losses/acceptance.json --report docs/benchmarks/losses
+	$(BIN)/python -m research losses runs/beauty-losses.toml --run-folder $(BEAUTY) --data "$(DATA)" --users $(USERS) \
+	    --workers $(PROCESSES) --json docs/benchmarks/losses/amazon-beauty.json --report docs/benchmarks/losses
+
+# Needs no data: it is fetched.
+.PHONY: movielens-losses
+movielens-losses: $(DEV)/.installed
+	$(BIN)/python -m research losses runs/movielens-losses.toml --run-folder var/runs/movielens-losses --users $(USERS) \
+	    --workers $(PROCESSES) --json docs/benchmarks/losses/movielens-100k.json --report docs/benchmarks/losses
 
 # Small models gain more from processes of one thread than from threads. What is done already is skipped.
 .PHONY: beauty-bundle
