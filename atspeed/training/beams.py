@@ -157,7 +157,7 @@ class BeamSearch:
         parent = torch.searchsorted(node, above).clamp(max=node.shape[1] - 1)
         place = parent * logp.shape[2] + best.clamp(min=0) - self._child_start[above]
         total = (score.unsqueeze(-1) + logp).flatten(1)
-        value = total.gather(1, place.clamp(max=total.shape[1] - 1)).masked_fill(best < 0, -inf)
+        value = total.gather(1, place.clamp(0, total.shape[1] - 1)).masked_fill(best < 0, -inf)
         return best, value, parent
 
     def _children(self, node: Tensor) -> Tensor:

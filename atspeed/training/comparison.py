@@ -264,7 +264,7 @@ def _draft(plan: _Plan, loss: _Loss, setting: Setting, seed: int, base: DraftRec
     for name, changes in (("schedule", plan.schedule), ("pretraining", plan.pretraining)):
         if changes:
             values[name] = values[name] | changes
-    alignment = _alignment(base).model_dump() | loss.alignment | setting
+    alignment = {**_alignment(base).model_dump(), **loss.alignment, **setting}
     for key in ("loss", "renormalise"):
         if alignment[key] == "none":  # TOML has no null
             alignment[key] = None

@@ -123,9 +123,7 @@ def test_killed_grid_is_resumed_where_it_was(killed: tuple[Path, TrainedDrafts, 
     later = [path.parent.name for name, path in trained.bundles.items() if name.endswith("seed2")]
     assert [title for title in fitted if not title.endswith("pretrained-draft")] == [
         f"{name} draft" for name in (*TRIED[3:], "seq-kd-seed1", *later)
-    ] or sorted(fitted) == sorted(
-        [*(f"{name} draft" for name in (*TRIED[3:], "seq-kd-seed1", *later)), f"{later[0]} pretrained-draft"]
-    )
+    ]
 
 
 def test_the_drafts_own_beams_are_those_of_the_pretrained_draft(
@@ -160,7 +158,9 @@ def test_shipped_grids(name: str, prompts: int) -> None:
     schedules = set()
     for variant in comparison.variants:
         draft = variant.recipe.draft
-        assert draft and draft.alignment and draft.alignment.prompts == prompts
+        assert draft
+        assert draft.alignment
+        assert draft.alignment.prompts == prompts
         schedules.add(draft.schedule.model_dump_json())
     assert len(schedules) == 1
 

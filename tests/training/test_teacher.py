@@ -107,19 +107,18 @@ def test_shard_holds_the_beams_and_the_log_probabilities_along_them(
     teacher: Teacher, model: PreTrainedModel, of_draft: bool
 ) -> None:
     """float16 keeps 11 bits: 5e-3 of log-probabilities down to -10. A draft has a spelling of its own."""
-    prompts, searched, spelling = training_prompts(), model, SPELLING
+    prompts, searched, asked = training_prompts(), model, SEQUENCER
     if of_draft:
         searched = random_model("llama", 20, 2, hidden_size=16, intermediate_size=32)
         other = {"code_tokens": tuple(token + 3 for token in SPELLING.code_tokens), "vocab_size": 20}
-        spelling = SPELLING.model_copy(update=other)
-        draft = Sequencer.of(spelling, CATALOGUE, predict_first=True)
-        teacher = replace(teacher, draft=ModelRecommender(searched, draft, CATALOGUE, ScoringRule.VOCAB))
+        asked = Sequencer.of(SPELLING.model_copy(update=other), CATALOGUE, predict_first=True)
+        teacher = replace(teacher, draft=ModelRecommender(searched, asked, CATALOGUE, ScoringRule.VOCAB))
     shard = teacher.shard(prompts, 0, len(prompts))
-    search = BeamSearch(searched, spelling, TRIE, ScoringRule.VOCAB, 4)
+    search = BeamSearch(searched, asked.spelling, TRIE, ScoringRule.VOCAB, 4)
     nodes = tree_nodes(TRIE, shard.beams, shard.gold)
     for row in range(len(prompts)):
         prompt = SEQUENCER.prompt(prompts.history(row))
-        for level, node in enumerate(search(prompt[None]).node):
+        for level, node in enumerate(search(asked.prompt(prompts.history(row))[None]).node):
             np.testing.assert_array_equal(shard.beams[row, level, : node.shape[1]], node[0].numpy())
         expected = []
         for node in nodes[row][nodes[row] >= 0].tolist():
