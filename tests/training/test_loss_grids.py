@@ -150,8 +150,8 @@ def test_nothing_is_chosen_without_validation(tmp_path: Path) -> None:
         list(_judged([(variant, {})]))
 
 
-@pytest.mark.parametrize(("name", "prompts"), [("beauty", 20_000), ("movielens", 12_000)])
-def test_shipped_grids(name: str, prompts: int) -> None:
+@pytest.mark.parametrize("name", ["beauty", "movielens"])
+def test_shipped_grids_train_all_drafts_alike(name: str) -> None:
     comparison = read_comparison(RUNS / f"{name}-losses.toml")
     settings = {variant.name for variant in comparison.variants if variant.seed == 1}
     assert (len(settings), len(comparison.candidates), len(comparison.variants)) == (41, 40, 123)
@@ -160,7 +160,7 @@ def test_shipped_grids(name: str, prompts: int) -> None:
         draft = variant.recipe.draft
         assert draft
         assert draft.alignment
-        assert draft.alignment.prompts == prompts
+        assert draft.alignment.prompts == 12_000
         schedules.add(draft.schedule.model_dump_json())
     assert len(schedules) == 1
 
