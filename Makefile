@@ -3,7 +3,8 @@
 #   make demo            a recommender on this machine: services, Redis, requests, measured
 #   make test            lint and every test, as CI runs them
 #   make beauty          DATA=DIR: Amazon Beauty from its data to a bundle, and how many passes its draft saves; an hour
-#   make beauty-losses   DATA=DIR: drafts by every loss, three of each, compared on that target; an hour or two more, resumes
+#   make beauty-losses   DATA=DIR: drafts by every loss, each at its best setting, three of each, compared; an hour of one core, resumes
+#   make movielens-losses  the same on MovieLens-100K, whose data are fetched
 #   make bits            exactness: 10,000 random trees of three families; 5,000 lists with cold prefixes, from memory and from Redis
 #   make speed           DATA=DIR: every time of docs/benchmarks, with that target inflated to 85M; an hour, two idle cores
 #   make cuda-tests      what a pass asks of CUDA, counted without a GPU: the wheel for CUDA (250 MB) in an environment of its own
@@ -103,12 +104,15 @@ beauty: beauty-bundle
 
 # To docs/benchmarks/losses/. Strict, and relaxed sampling, which is what AtSpeed-R is made for.
 .PHONY: beauty-losses
-beauty-losses: beauty-bundle
-	$(BIN)/atspeed train-drafts runs/beauty-losses.toml --run-folder $(BEAUTY) --data "$(DATA)" --workers $(PROCESSES)
-	@mkdir -p docs/benchmarks/losses
-	$(BIN)/python -m research acceptance --bundle $(BEAUTY)/drafts/target/bundle --data "$(DATA)" --users $(USERS) \
-	    $$(sed 's/^/--draft /' $(BEAUTY)/drafts/bundles.txt) --mode strict --mode relaxed-sampling -k 10 -k 20 \
-	    --budget 40 --budget 120 --budget 240 --json docs/benchmarks/losses/acceptance.json --report docs/benchmarks/losses
+beauty-losses: beauty-data $(DEV)/.installed
+	$(BIN)/python -m research losses runs/beauty-losses.toml --run-folder var/runs/beauty-quick --data "$(DATA)" --users $(USERS) \
+	    --workers $(PROCESSES) --json docs/benchmarks/losses/amazon-beauty.json --report docs/benchmarks/losses
+
+# The data are fetched.
+.PHONY: movielens-losses
+movielens-losses: $(DEV)/.installed
+	$(BIN)/python -m research losses runs/movielens-losses.toml --run-folder var/runs/movielens-losses --users $(USERS) \
+	    --workers $(PROCESSES) --json docs/benchmarks/losses/movielens-100k.json --report docs/benchmarks/losses
 
 # Small models gain more from processes of one thread than from threads. What is done already is skipped.
 .PHONY: beauty-bundle

@@ -45,7 +45,7 @@ from atspeed.cli.options import (
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.search.mode import Mode
 from atspeed.training.data import read_atspeed
-from research import acceptance, draft_kinds, graph_times, plan_sizes
+from research import acceptance, draft_commands, graph_times, plan_sizes
 from research.eval_examples import choose_cases
 from research.planner_ablation import calibration, fetch, study
 
@@ -53,6 +53,7 @@ PAGES = {
     "acceptance": "research.acceptance_report",
     "draft-kinds": "research.draft_kinds_report",
     "graph-times": "research.graph_times",
+    "losses": "research.losses_report",
     "plan-sizes": "research.plan_sizes",
     "recommenders": "research.recommenders",
     "precision": "research.precision",
@@ -142,55 +143,8 @@ def run_acceptance(
         raise CommandError(f"{different} lists differ from the target's own beyond near-ties")
 
 
-@app.command("draft-kinds")
-def run_draft_kinds(
-    comparison: Annotated[
-        Path, typer.Argument(help="File of drafts, such as runs/movielens-drafts.toml.", exists=True, dir_okay=False)
-    ],
-    run_folder: Annotated[
-        Path,
-        typer.Option(help="Folder of the base recipe's run, which continues where it was stopped.", file_okay=False),
-    ],
-    data: RunData = None,
-    users: Users = 1000,
-    timed: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Users whose plans are timed.")] = 50,
-    target_state: Annotated[
-        int | None, typer.Option(min=1, max=100_000, help="Also train heads of this size on the target's own state.")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="Processes that train and count.")] = 1,
-    threads: Threads = 1,
-    seed: Seed = 1,
-    json_file: JsonFile = None,
-    report: PageFolder = None,
-) -> None:
-    """Train drafts of several kinds alike; count target passes and time plans; exits with 1 if a strict list differs."""
-    compared, pipeline = optional("atspeed.training.comparison"), optional("atspeed.training.pipeline")
-    optional("transformers.utils.logging").disable_progress_bar()
-    plan = compared.read_comparison(comparison)
-    run_folder.mkdir(parents=True, exist_ok=True)
-    trained = compared.train_drafts(plan, run_folder, data, workers=workers, threads=threads)
-    bundles = {name: Bundle(folder) for name, folder in trained.items()}
-    opened, dataset = next(iter(bundles.values())), pipeline.load_dataset(plan.base, data)
-    allow_empty = plan.base.allow_empty_history
-    cases = choose_cases(dataset, opened.catalogue(), allow_empty=allow_empty, users=users, seed=seed)
-    config = draft_kinds.DraftKindsConfig(timed=timed, seed=seed, workers=workers, threads=threads)
-    counted, described = draft_kinds.count_passes(bundles, cases, config), draft_kinds.describe(bundles, cases, config)
-    out.print(acceptance.tables(counted))
-    out.print(terminal_table("Drafts", draft_kinds.COLUMNS, described))
-    exact = [row for row in counted if row.promises_identity]
-    print_identity(acceptance.REFERENCE, exact)
-    on_target = []
-    if target_state:
-        study_of_state = optional("research.target_state")
-        on_target = study_of_state.run(plan, run_folder, (data, dataset), opened, target_state, cases, config)
-        out.print(terminal_table("Heads on the target's state", study_of_state.COLUMNS, on_target))
-    about = draft_kinds.header(config, data=dataset.name, users=len(cases))
-    rows = to_json(described, kind=draft_kinds.NAME)
-    rows += [{"kind": acceptance.NAME, **row} for row in acceptance.rows_to_json(counted)]
-    rows += to_json(on_target, kind=draft_kinds.TARGET_STATE)
-    save(json_file, opened, seed, rows, about, page=(report, PAGES[draft_kinds.NAME]))
-    if different := sum(row.different for row in exact):
-        raise CommandError(f"{different} lists differ from the target's own beyond near-ties")
+app.command("draft-kinds")(draft_commands.run_draft_kinds)
+app.command("losses")(draft_commands.run_losses)
 
 
 @app.command("plan-sizes")

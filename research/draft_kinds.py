@@ -11,17 +11,13 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from atspeed.benchmarks.histories import prompt_tokens
 from atspeed.benchmarks.results import Columns
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.engine.bundle.catalogue import Catalogue
-from atspeed.engine.files.json_file import write_json
 from atspeed.engine.model.tree_evaluator import TreeEvaluator
 from atspeed.engine.search.beam_widths import BeamWidths
 from atspeed.engine.search.beams import Beams
@@ -30,9 +26,8 @@ from atspeed.engine.search.plan import PlanSize, Proposal
 from atspeed.engine.search.trie import Pruning
 from draft_service.draft_kinds import drafter_of
 from draft_service.drafter import Drafter, DraftRequest
-from research import acceptance
+from research import kept_counts
 from research.acceptance import AcceptanceConfig, AcceptanceRow, parse_budget
-from research.acceptance_search import NO_DRAFT
 from research.eval_examples import HeldOutCase
 from research.shared_tree_models import kv_layout, load_decoder_of, prefix_cache
 
@@ -107,26 +102,7 @@ def count_passes(
         workers=config.workers,
         threads=config.threads,
     )
-    rows: dict[tuple[str, int, str], AcceptanceRow] = {}
-    for name, bundle in bundles.items():
-        key = [bundle.manifest.version, [list(case.history) for case in cases], [*config.widths], [*config.nodes]]
-        kept = bundle.root.parent / "acceptance.json"
-        found = _read(kept, key)
-        if found is None:
-            found = acceptance.run(bundle, {name: bundle}, cases, asked)
-            write_json(kept, {"key": key, "rows": acceptance.rows_to_json(found)})
-        # Every draft is compared with the target alone, whose rows are the same each time.
-        rows |= {(row.draft, row.k, row.budget): row for row in found}
-    return list(rows.values())
-
-
-def _read(kept: Path, key: object) -> list[AcceptanceRow] | None:
-    """Return the rows that were kept under this key, or None."""
-    try:
-        content = json.loads(kept.read_bytes())
-        return TypeAdapter(list[AcceptanceRow]).validate_python(content["rows"]) if content["key"] == key else None
-    except (OSError, ValueError, LookupError, TypeError, ValidationError):
-        return None
+    return kept_counts.count(bundles, cases, asked, study=NAME)
 
 
 def describe(
@@ -226,14 +202,3 @@ def header(config: DraftKindsConfig, *, data: str, users: int) -> dict[str, Any]
         "nodes": list(config.nodes),
         "threads": config.threads,
     }
-
-
-def passes_of(rows: Sequence[AcceptanceRow], group: str, k: int, nodes: int) -> list[float]:
-    """Return the mean target passes of each seed of a group of drafts."""
-    wanted = (group, k, f"{nodes}/all")
-    return [row.target_passes_mean for row in rows if (row.draft.partition("/")[0], row.k, row.budget) == wanted]
-
-
-def groups(rows: Sequence[AcceptanceRow]) -> list[str]:
-    """Return the names of the drafts without their seeds."""
-    return list(dict.fromkeys(row.draft.partition("/")[0] for row in rows if row.draft != NO_DRAFT))

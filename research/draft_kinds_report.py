@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from atspeed.benchmarks import markdown
@@ -13,7 +12,8 @@ from atspeed.benchmarks.results import Result
 from research.acceptance import NAME as ACCEPTANCE
 from research.acceptance import AcceptanceRow
 from research.acceptance_search import NO_DRAFT
-from research.draft_kinds import COLUMNS, NAME, TARGET_STATE, DraftKindRow, groups, passes_of
+from research.draft_groups import groups, identity, passes_of, spread
+from research.draft_kinds import COLUMNS, NAME, TARGET_STATE, DraftKindRow
 
 
 def write(result: Result, folder: Path) -> Path:
@@ -31,7 +31,7 @@ def _page(result: Result) -> Iterator[str]:
     yield from origin(about, [])
     rows = result.rows_of(NAME, AcceptanceRow, kind=ACCEPTANCE)
     yield from _passes(rows, about["widths"], about["nodes"])
-    yield from _identity(rows)
+    yield from identity(rows)
     yield from paragraphs(
         "## Cost",
         f"The time of a plan is the median over {about['timed_users']} users at K = {about['timed_k']}, with "
@@ -60,23 +60,8 @@ def _passes(rows: Sequence[AcceptanceRow], widths: Sequence[int], nodes: Sequenc
     alone = {row.k: row.target_passes_mean for row in rows if row.draft == NO_DRAFT}
     found = groups(rows)
     lines = [
-        (str(k), str(count), f"{alone[k]:.2f}", *(_spread(passes_of(rows, group, k, count)) for group in found))
+        (str(k), str(count), f"{alone[k]:.2f}", *(spread(passes_of(rows, group, k, f"{count}/all")) for group in found))
         for count in nodes
         for k in widths
     ]
     yield from table(("K", "nodes", "no draft", *found), lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    around = f" ±{stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{fmean(values):.2f}{around}" if values else ""
-
-
-def _identity(rows: Sequence[AcceptanceRow]) -> Iterator[str]:
-    speculative = [row for row in rows if row.promises_identity and row.draft != NO_DRAFT]
-    identical, ties, different = (
-        sum(getattr(row, name) for row in speculative) for name in ("identical", "near_ties", "different")
-    )
-    yield from paragraphs(
-        f"Lists compared with those of the target alone: {identical:,} identical, {ties:,} near-ties, {different:,} different."
-    )

@@ -4,7 +4,7 @@ up                                the services on this machine       recommend, 
 certificates, token               for TLS and for callers            catalogue update, encode    other items, same models
 consume-events                    events from Kafka, extra `kafka`
 bundle inspect, bundle verify     what a bundle holds                batch                   lists for a file of users
-train, train-drafts, export, base                                                            extra `train`
+train, export, base                                                                          extra `train`
 import, distill                   a checkpoint as a bundle, a draft for a bundle's target            extra `train`
 bench ..., inflate                measurements                       atspeed/cli/bench/, atspeed/cli/inflate.py
 plan                              replicas and memory for a rate
@@ -74,11 +74,6 @@ app = Commands(
         "Record the events of a Kafka topic, each at least once and none twice, until SIGTERM or Ctrl-C.",
     ),
     DeferredCommand("train", "atspeed.cli.train:train", "Train a recipe's target and draft and write the bundle."),
-    DeferredCommand(
-        "train-drafts",
-        "atspeed.cli.train:train_drafts",
-        "Train drafts of one target by several losses and seeds, and write a bundle of each.",
-    ),
     DeferredCommand("base", "atspeed.cli.train:base", "Fetch a pretrained model for a recipe's `base`."),
     DeferredCommand(
         "export", "atspeed.cli.train:export", "Export one model of a checkpoint, and check the export against it."

@@ -1,4 +1,4 @@
-"""`atspeed train`, `train-drafts`, `base`, `export`: models, by the extra `train`."""
+"""`atspeed train`, `base`, `export`: models, by the extra `train`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import typer
 from pydantic import ValidationError
 
 from atspeed.cli.options import (
-    MAX_THREADS,
     AsJson,
     CheckpointMinutes,
     CommandError,
@@ -43,38 +42,6 @@ def train(
         bundle = pipeline.train(settings, run_folder, data, threads=threads, checkpoints=checkpoints)
     if optional("atspeed.training.processes").is_main():
         print_result(str(bundle), {"bundle": bundle}, as_json=as_json)
-
-
-def train_drafts(
-    comparison: Annotated[
-        Path, typer.Argument(help="File of losses and seeds; see runs/beauty-losses.toml.", exists=True, dir_okay=False)
-    ],
-    run_folder: RunFolder,
-    data: Data = None,
-    workers: Annotated[
-        int, typer.Option(min=1, max=MAX_THREADS, help="Processes; each trains one draft at a time on one thread.")
-    ] = 1,
-    threads: Threads = None,
-    minutes: Minutes = None,
-    checkpoint_minutes: CheckpointMinutes = 5.0,
-    as_json: AsJson = False,
-) -> None:
-    """Train drafts of one target by several losses and seeds, and write a bundle of each.
-
-    --run-folder is that of the base recipe; --threads are for the target and its answers. Prints NAME=BUNDLE for each draft, as
-    `python -m research acceptance --draft` takes it.
-    """
-    checkpoints = optional("atspeed.training.checkpoints").Checkpoints.within(minutes, checkpoint_minutes)
-    compared = optional("atspeed.training.comparison")
-    plan = compared.read_comparison(comparison)
-    run_folder.mkdir(parents=True, exist_ok=True)
-    with checkpoints.stop_at_signals():
-        bundles = compared.train_drafts(
-            plan, run_folder, data, workers=workers, threads=threads, checkpoints=checkpoints
-        )
-    if optional("atspeed.training.processes").is_main():
-        lines = "\n".join(f"{name}={bundle}" for name, bundle in bundles.items())
-        print_result(lines, bundles, as_json=as_json)
 
 
 def base(

@@ -90,6 +90,7 @@ class BeamSearch:
         prunings: Sequence[Pruning] | None = None,
         *,
         along: npt.NDArray[np.int64] | None = None,
+        following: npt.NDArray[np.int64] | None = None,
     ) -> Iterator[BeamLevel]:
         """Yield the search level by level.
 
@@ -97,6 +98,7 @@ class BeamSearch:
             prompts: int64 [b, s], of equal length.
             prunings: the nodes that each prompt excludes.
             along: int64 [b, L - 1], the nodes of one more path per prompt that is evaluated even if it is no beam.
+            following: int64 [b, L, K], another search's beams, -1 where there are fewer. They are taken instead of the best.
         """
         # The pass over the prompts: the root is the only beam.
         passes = beam_passes(self.model)
@@ -114,7 +116,11 @@ class BeamSearch:
             # Their children [b, f, c] and the best K of them.
             child = self._children(node)
             logp = self._log_probabilities(level, logits, by_path, child)
-            best, value, parent = self._select(score, child, logp, dead)
+            best, value, parent = (
+                self._select(score, child, logp, dead)
+                if following is None
+                else self._follow(torch.from_numpy(following[:, level]).to(node.device), node, score, logp)
+            )
             yield BeamLevel(node, logp, best, value)
             if level + 1 == self.trie.levels:
                 return
@@ -144,6 +150,15 @@ class BeamSearch:
         value = total.gather(1, index)
         chosen = child.flatten(1).gather(1, index).masked_fill(value == -inf, -1)
         return chosen, value, index // child.shape[-1]
+
+    def _follow(self, best: Tensor, node: Tensor, score: Tensor, logp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Look up given children [b, K] of the ascending prefixes [b, f]. Returns what `_select` does."""
+        above = self._parent[best.clamp(min=0)]
+        parent = torch.searchsorted(node, above).clamp(max=node.shape[1] - 1)
+        place = parent * logp.shape[2] + best.clamp(min=0) - self._child_start[above]
+        total = (score.unsqueeze(-1) + logp).flatten(1)
+        value = total.gather(1, place.clamp(0, total.shape[1] - 1)).masked_fill(best < 0, -inf)
+        return best, value, parent
 
     def _children(self, node: Tensor) -> Tensor:
         """Return the children of nodes [b, f] in code order, [b, f, c]; -1 where there are fewer. Node -1 has none."""
@@ -200,6 +215,10 @@ class BeamSearch:
     @cached_property
     def _code(self) -> Tensor:
         return torch.from_numpy(self.trie.code.astype(np.int64)).to(self.model.device)
+
+    @cached_property
+    def _parent(self) -> Tensor:
+        return torch.from_numpy(self.trie.parent.astype(np.int64)).clamp(min=0).to(self.model.device)
 
     @cached_property
     def _child_start(self) -> Tensor:

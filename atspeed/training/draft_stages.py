@@ -54,7 +54,8 @@ class DraftStages:
 
     def _teacher_key(self, alignment: Alignment) -> str:
         """Hash the target and the teacher's settings. The loss is left out, since one teacher serves all losses."""
-        return key_of(self.target_key, alignment.beams, alignment.prompts)
+        own = [self._before_alignment[1]] if alignment.prefixes == "draft" else []
+        return key_of(self.target_key, alignment.beams, alignment.prompts, *own)
 
     def draft(self) -> SpelledModel:
         """Train the draft, after its teacher data if it is aligned."""
@@ -72,7 +73,8 @@ class DraftStages:
 
         def batches(sequencer: Sequencer) -> AlignmentBatches:
             size, neighbours = part.schedule.batch_size, batches_per_step(part.schedule)
-            return AlignmentBatches(self._teacher_folder, prompts, sequencer, catalogue.trie, size, seed, neighbours)
+            folder = self._teacher_folder(alignment)
+            return AlignmentBatches(folder, prompts, sequencer, catalogue.trie, size, seed, neighbours)
 
         def validate(validation: Validation) -> AgreementValidation:
             return AgreementValidation.of(validation, self.target(), beams=alignment.beams, width=alignment.budget)
@@ -88,17 +90,24 @@ class DraftStages:
 
     def pretrained(self) -> SpelledModel:
         """Train the draft on the histories alone. Every alignment of it begins here."""
-        plain = self.part.model_copy(update={"schedule": self.part.pretraining, "alignment": None, "pretraining": None})
-        key, folder = self.run.model_key(plain, self.catalogue), self.run.folders.pretrained
+        plain, key = self._before_alignment
+        folder = self.run.folders.pretrained
         return self.run.model("pretrained-draft", folder, plain, key, self.catalogue, seed=self.part.seed)
 
     @property
-    def _teacher_folder(self) -> Path:
-        return self.run.folders.teacher / "teacher"
+    def _before_alignment(self) -> tuple[DraftRecipe, str]:
+        """Return the pretrained draft's part of the recipe, and the hash of all that it is trained from."""
+        plain = self.part.model_copy(update={"schedule": self.part.pretraining, "alignment": None, "pretraining": None})
+        return plain, self.run.model_key(plain, self.catalogue)
+
+    def _teacher_folder(self, alignment: Alignment) -> Path:
+        folders = self.run.folders
+        return folders.pretrained / "draft-beams" if alignment.prefixes == "draft" else folders.teacher / "teacher"
 
     def teacher(self, alignment: Alignment) -> TrainingPrompts:
-        """Write the target's answers to training prompts. Returns the prompts."""
-        settings = self.run.settings
+        """Write the target's answers to training prompts, at its own beams or at the draft's. Returns the prompts."""
+        settings, folder = self.run.settings, self._teacher_folder(alignment)
+        at_own = self.pretrained() if alignment.prefixes == "draft" else None
         histories = index_histories(self.catalogue, self.run.dataset.train)
         prompts = TrainingPrompts.draw(
             histories, allow_empty=settings.allow_empty_history, limit=alignment.prompts, seed=settings.seed
@@ -106,13 +115,13 @@ class DraftStages:
 
         def work() -> Measures:
             target = self.target()
-            teacher = Teacher(target.model, target.sequencer, self.catalogue, target.rule, alignment.beams)
-            write_teacher_data(teacher, prompts, self._teacher_folder, checkpoints=self.run.checkpoints)
+            draft = at_own.to(device()).recommender(settings, self.catalogue) if at_own else None
+            teacher = Teacher(target.model, target.sequencer, self.catalogue, target.rule, alignment.beams, draft)
+            write_teacher_data(teacher, prompts, folder, checkpoints=self.run.checkpoints)
             return {"prompts": len(prompts)}
 
-        key, folder = self._teacher_key(alignment), self._teacher_folder
-        read = partial(check_teacher_data, folder, len(prompts))
-        self.run.stage("teacher", key, folder.parent, folder.name, read=read).run(work, together=True)
+        key, read = self._teacher_key(alignment), partial(check_teacher_data, folder, len(prompts))
+        self.run.stage(folder.name, key, folder.parent, folder.name, read=read).run(work, together=True)
         return prompts
 
     def plan_scales(self) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ A stage is skipped while its inputs stay the same. Those of the draft are in ats
 run/
     catalogue/                              data -> semantic IDs
     teacher/                                the target's answers to training prompts, for a draft that is aligned
+    draft-beams/                            the same at the pretrained draft's beams, if the draft learns there
     target-training/  draft-training/       the state of a training that has not ended
     target-checkpoint/  draft-checkpoint/   Hugging Face checkpoints with spelling.json
     target-log.json  draft-log.json         measures per epoch
@@ -139,6 +140,16 @@ class TrainingRun:
         scales = draft.plan_scales() if draft else None
         return self._bundle(models, catalogue, keys, measures, scales)
 
+    def align(self) -> Measures:
+        """Run every stage up to the draft's. Returns how well it covers the target's beams on validation users."""
+        catalogue = self._catalogue()
+        self._target(catalogue)
+        draft = self.draft_stages(catalogue)
+        if draft is None:
+            return {}
+        draft.draft()
+        return draft.agreement()
+
     def teacher(self) -> None:
         """Run the stages up to the teacher's, if the draft is aligned."""
         catalogue = self._catalogue()
@@ -148,10 +159,12 @@ class TrainingRun:
             draft.teacher(draft.part.alignment)
 
     def pretrain(self) -> None:
-        """Train the draft before its alignment, if the recipe pretrains it. Other stages before are not run."""
+        """Train the draft before its alignment, and answer its beams, if the recipe does so. Other stages before are not run."""
         draft = self.draft_stages(self._catalogue())
         if draft is not None and draft.part.pretraining is not None:
             draft.pretrained()
+            if draft.part.alignment is not None and draft.part.alignment.prefixes == "draft":
+                draft.teacher(draft.part.alignment)
 
     @property
     def _run(self) -> Run:

@@ -192,15 +192,18 @@ class ModelRecipe(_Part):
 
 
 AlignmentLoss = Literal["atspeed-s", "atspeed-r", "word-kd", "tvd-kd", "seq-kd", "level-kd", "coverage"]
+_AT_BEAMS = ("atspeed-s", "atspeed-r", "level-kd")  # losses that compare both models at prefixes of beams
 
 
-class Alignment(_Part):
+class Alignment(_GrownPart):
     """The alignment of the draft: (1 - weight) * cross-entropy of the gold item + weight * loss.
 
     atspeed/training/losses.py defines the losses. Each prompt is the one that the target answered, so the schedule's
     item_dropout does not apply. The best epoch is the one whose `budget` nodes per level hold the target's beams most often, so
     select_by does not apply either.
     """
+
+    _later: ClassVar = frozenset({"prefixes"})
 
     loss: AlignmentLoss | None = None
     """None for cross-entropy alone, on the same prompts."""
@@ -219,6 +222,16 @@ class Alignment(_Part):
     """Distance by which `coverage` wants a beam above the other nodes, nats."""
     prompts: PositiveInt = 100_000
     """Maximum number of training prompts, drawn by the seed."""
+    prefixes: Literal["target", "draft"] = "target"
+    """Whose beams give the prefixes of atspeed-s, atspeed-r and level-kd: the target's, or those of the pretrained draft."""
+
+    @model_validator(mode="after")
+    def _loss_is_at_beams(self) -> Alignment:
+        if self.prefixes == "draft" and self.loss not in _AT_BEAMS:
+            raise ValueError(
+                f"prefixes: the draft's beams serve {', '.join(_AT_BEAMS)}, not {self.loss or 'cross-entropy'}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _budget_holds_the_beams(self) -> Alignment:
@@ -253,6 +266,12 @@ class DraftRecipe(ModelRecipe):
     def _pretraining_needs_alignment(self) -> DraftRecipe:
         if self.pretraining is not None and self.alignment is None:
             raise ValueError("pretraining: needs an `alignment` after it")
+        return self
+
+    @model_validator(mode="after")
+    def _own_beams_need_pretraining(self) -> DraftRecipe:
+        if self.alignment is not None and self.alignment.prefixes == "draft" and self.pretraining is None:
+            raise ValueError("alignment.prefixes: the draft's own beams need a `pretraining` before them")
         return self
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ class Folders:
         run: the draft, its plan scales, the evaluation, the bundle.
         shared: the catalogue and the target.
         teacher: the teacher's data.
-        pretrained: the draft before its alignment.
+        pretrained: the draft before its alignment, and the target's answers at its beams.
     """
 
     run: Path

@@ -27,6 +27,7 @@ from atspeed.engine.search.trie import Trie
 from atspeed.training.beams import BeamSearch, batches_of_equal_length, prompts_at_once
 from atspeed.training.checkpoints import Checkpoints
 from atspeed.training.errors import DataError, Paused
+from atspeed.training.evaluate import EvalExample, ModelRecommender
 from atspeed.training.processes import processes, wait_for_all
 from atspeed.training.sequences import Sequencer
 
@@ -76,7 +77,7 @@ class TeacherShard:
     """The target's answers to n consecutive training prompts.
 
     Attributes:
-        beams: int32 [n, L, K]. Trie nodes of each level, best first, -1 where there are fewer.
+        beams: int32 [n, L, K]. Trie nodes of each level, best first, -1 where there are fewer. The target's, or a draft's.
         gold: int32 [n]. The gold items' leaves.
         logp: float16, nats, under the scoring rule: the children of `tree_nodes`, in order, prompt after prompt.
         start: int64 [n + 1]. Prompt i has logp[start[i] : start[i + 1]].
@@ -131,6 +132,7 @@ class Teacher:
         catalogue: the catalogue.
         rule: the scoring rule.
         beams: K.
+        draft: a draft whose beams are answered instead of the target's own.
     """
 
     model: PreTrainedModel
@@ -138,6 +140,7 @@ class Teacher:
     catalogue: Catalogue
     rule: ScoringRule
     beams: int
+    draft: ModelRecommender | None = None
 
     def shard(self, prompts: TrainingPrompts, first: int, count: int) -> TeacherShard:
         """Compute beams and log-probabilities of `count` prompts from `first` on."""
@@ -146,21 +149,36 @@ class Teacher:
         gold = self.catalogue.leaf_of(np.array([prompts.gold(index) for index in indices]))
         beams = np.full((count, self.catalogue.trie.levels, self.beams), -1, dtype=np.int32)
         logp: dict[int, npt.NDArray[np.float16]] = {}
+        given = self._given([prompts.history(index) for index in indices])
         search = BeamSearch(self.model, self.sequencer.spelling, self.catalogue.trie, self.rule, self.beams)
         for group in batches_of_equal_length(
             tokens, prompts_at_once(self.sequencer.spelling.vocab_size, self.beams + 1)
         ):
-            found, values = self._search(search, np.stack([tokens[index] for index in group]), gold[group])
+            found, values = self._search(
+                search,
+                np.stack([tokens[index] for index in group]),
+                gold[group],
+                None if given is None else given[group],
+            )
             beams[group, :, : found.shape[2]] = found
             logp |= zip(group, values, strict=True)
         ordered = [logp[index] for index in range(count)]
         start = np.concatenate([[0], np.cumsum([len(part) for part in ordered])]).astype(np.int64)
         return TeacherShard(beams, gold.astype(np.int32), np.concatenate(ordered), start)
 
-    def _search(self, search: BeamSearch, prompts: Int64, gold: Int64) -> tuple[Int32, list[npt.NDArray[np.float16]]]:
+    def _given(self, histories: Sequence[Int64]) -> Int64 | None:
+        """Return the draft's beams, [n, L, K]; None for the target's."""
+        if self.draft is None:
+            return None
+        levels = self.draft.beams([EvalExample(history, ()) for history in histories], beams=self.beams)
+        return np.stack(levels, axis=1)
+
+    def _search(
+        self, search: BeamSearch, prompts: Int64, gold: Int64, given: Int64 | None
+    ) -> tuple[Int32, list[npt.NDArray[np.float16]]]:
         """Search for prompts of one length. Returns beams [b, L, K] and each prompt's part of `TeacherShard.logp`."""
         trie = self.catalogue.trie
-        levels = list(search.levels(prompts, along=ancestors(trie, gold)[:, 1:]))
+        levels = list(search.levels(prompts, along=ancestors(trie, gold)[:, 1:], following=given))
         beams = np.full((len(prompts), trie.levels, self.beams), -1, dtype=np.int32)
         for level, step in enumerate(levels):
             beams[:, level, : step.node.shape[1]] = step.node.cpu().numpy()

@@ -31,21 +31,26 @@ _STOPPED = {_PAUSED, -signal.SIGTERM}  # the latter if the signal came before it
 _LOOK_SECONDS = 0.2  # delay until a signal is passed on
 
 
-def bundle_all(runs: Sequence[TrainingRun], workers: int) -> None:
-    """Train and export runs that share all stages up to the teacher, which are finished.
+_RESULTS = {True: "bundle", False: "draft-log.json"}  # in the folder of a finished run, by `bundled`
+
+
+def train_all(runs: Sequence[TrainingRun], workers: int, *, bundled: bool = True) -> None:
+    """Train the drafts of runs that share all stages up to the teacher, which are finished.
+
+    bundled: whether their bundles are made too; otherwise they end with the draft.
 
     A worker takes the next run that no other has taken; in one process the runs follow each other. The results are the same.
     Raises Paused, and TrainingError.
     """
-    if workers == 1:
-        _in_turn(runs)
+    if workers == 1 or not runs:
+        _in_turn(runs, bundled)
         return
     if processes().num_processes > 1:
         raise TrainingError("--workers: must be 1 when a launcher such as torchrun has started several processes")
     # Spawned and not forked, since a fork loses the threads of torch.
     spawned = multiprocessing.get_context("spawn")
     taken: Synchronized[int] = spawned.Value("i", 0)
-    started = [spawned.Process(target=_work, args=(runs, taken)) for _ in range(min(workers, len(runs)))]
+    started = [spawned.Process(target=_work, args=(runs, taken, bundled)) for _ in range(min(workers, len(runs)))]
     try:
         for process in started:
             process.start()
@@ -58,18 +63,25 @@ def bundle_all(runs: Sequence[TrainingRun], workers: int) -> None:
     if failed := [code for code in codes if code not in {0, *_STOPPED}]:
         raise TrainingError(f"{len(failed)} of {len(codes)} workers failed; their messages are above")
     if _STOPPED.intersection(codes):
-        done = sum((run.folders.run / "bundle").exists() for run in runs)
+        done = sum((run.folders.run / _RESULTS[bundled]).exists() for run in runs)
         raise Paused(f"{done} of {len(runs)} drafts are finished")
 
 
-def _in_turn(runs: Sequence[TrainingRun]) -> None:
+def _in_turn(runs: Sequence[TrainingRun], bundled: bool) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for run in runs:
-            run.bundle()
+            _finish(run, bundled)
     finally:
         torch.set_num_threads(threads)
+
+
+def _finish(run: TrainingRun, bundled: bool) -> None:
+    if bundled:
+        run.bundle()
+    else:
+        run.align()
 
 
 def _watch(started: Sequence[SpawnProcess], runs: Sequence[TrainingRun]) -> None:
@@ -83,7 +95,7 @@ def _watch(started: Sequence[SpawnProcess], runs: Sequence[TrainingRun]) -> None
                 process.terminate()
 
 
-def _work(runs: Sequence[TrainingRun], taken: Synchronized[int]) -> None:
+def _work(runs: Sequence[TrainingRun], taken: Synchronized[int], bundled: bool) -> None:
     """Run a worker. The runs share one `Checkpoints` here too, because they are pickled together."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TTY_INTERACTIVE"] = "0"  # lines instead of bars, which several processes would draw over each other
@@ -99,7 +111,7 @@ def _work(runs: Sequence[TrainingRun], taken: Synchronized[int]) -> None:
             try:
                 with _locked(run.folders.pretrained):
                     run.pretrain()
-                run.bundle()
+                _finish(run, bundled)
             except Paused as paused:
                 console.print(f"paused: {paused}", markup=False)
                 sys.exit(_PAUSED)

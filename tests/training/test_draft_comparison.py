@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from atspeed.cli.main import app
 from atspeed.engine.bundle.bundle import Bundle
 from atspeed.training.checkpoints import Checkpoints
-from atspeed.training.comparison import read_comparison, train_drafts
+from atspeed.training.compared_drafts import train_drafts
+from atspeed.training.comparison import read_comparison
 from atspeed.training.errors import Paused, RecipeError
 from atspeed.training.models import build_model
 from atspeed.training.pipeline import train
@@ -76,7 +75,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "word-kd-seed1 draft",
         "word-kd-seed2 draft",
     ]
-    assert tuple(found) == NAMES
+    assert tuple(found.bundles) == NAMES
+    assert not found.candidates
     return folder / "run"
 
 
@@ -86,19 +86,17 @@ def copied(run: Path, tmp_path: Path) -> Path:
 
 
 def drafts(run: Path) -> dict[str, Bundle]:
-    """The bundles by name, as bundles.txt lists them."""
-    lines = (run / "drafts" / "bundles.txt").read_text().splitlines()
-    return {name: Bundle(Path(folder)) for name, _, folder in (line.partition("=") for line in lines)}
+    """The bundles by name."""
+    return {name: Bundle(run / "drafts" / name.replace("/", "-") / "bundle") for name in NAMES}
 
 
 def versions(run: Path) -> list[str]:
     """Versions of the drafts' bundles."""
-    return [Bundle(run / "drafts" / name.replace("/", "-") / "bundle").manifest.version for name in NAMES]
+    return [bundle.manifest.version for bundle in drafts(run).values()]
 
 
 def test_the_drafts_share_the_target_and_nothing_else(run: Path) -> None:
     base, found = Bundle(run / "bundle"), drafts(run)
-    assert tuple(found) == NAMES
     for bundle in found.values():
         bundle.verify()
         assert bundle.manifest.target == base.manifest.target
@@ -116,7 +114,7 @@ def test_the_target_is_exported_once(run: Path) -> None:
 
 
 def test_trained_drafts_are_accepted_by_the_benchmark(run: Path) -> None:
-    options = (run / "drafts" / "bundles.txt").read_text().splitlines()
+    options = [f"{name}={bundle.root}" for name, bundle in drafts(run).items()]
     assert tuple(draft_bundles(Bundle(run / "drafts" / "target" / "bundle"), "draft", options)) == NAMES
 
 
@@ -164,21 +162,6 @@ def test_two_workers_stop_in_time_and_give_the_same_bundles(
     train_drafts(comparison, copied, workers=2)
     assert versions(copied) == versions(run)
     assert "none-seed2 draft epoch 1: train_loss" in capfd.readouterr().out
-
-
-def test_the_command_names_the_bundles(run: Path) -> None:
-    command = ["train-drafts", str(run.parent / "losses.toml"), "--run-folder", str(run), "--threads", "1"]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0, result.output
-    assert result.stdout == (run / "drafts" / "bundles.txt").read_text()
-
-
-def test_the_shipped_comparison(tmp_path: Path) -> None:
-    comparison = read_comparison(RUNS / "beauty-losses.toml")
-    assert comparison.base.name == "beauty-small"
-    assert not comparison.same_teacher  # a fifth of the base's prompts
-    assert len(comparison.variants) == 24
-    assert len({variant.recipe.name for variant in comparison.variants}) == 24
 
 
 @pytest.mark.parametrize("name", ["movielens-drafts.toml", "beauty-drafts.toml"])

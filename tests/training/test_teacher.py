@@ -1,5 +1,6 @@
 """The teacher's beams and log-probabilities against whole passes, one path at a time; and a writing that was killed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from atspeed.engine.bundle.catalogue import Catalogue
 from atspeed.engine.bundle.prompt import PromptTemplate
 from atspeed.engine.search.scoring import ScoringRule
 from atspeed.training.beams import BeamSearch
+from atspeed.training.evaluate import ModelRecommender
 from atspeed.training.prompt_trees import PromptTrees
 from atspeed.training.sequences import Sequencer, Spelling
 from atspeed.training.teacher import Teacher, TeacherShard, TrainingPrompts, shards, tree_nodes, write_teacher_data
@@ -100,15 +102,23 @@ def test_the_tree_is_every_prefix_of_beams_and_gold() -> None:
     assert set(nodes[1].tolist()) == prefixes | {1, 2, int(TRIE.level_start[2])}
 
 
-def test_shard_holds_the_beams_and_the_log_probabilities_along_them(teacher: Teacher, model: PreTrainedModel) -> None:
-    """float16 keeps 11 bits: 5e-3 of log-probabilities down to -10."""
-    prompts = training_prompts()
+@pytest.mark.parametrize("of_draft", [False, True], ids=["own beams", "a draft's beams"])
+def test_shard_holds_the_beams_and_the_log_probabilities_along_them(
+    teacher: Teacher, model: PreTrainedModel, of_draft: bool
+) -> None:
+    """float16 keeps 11 bits: 5e-3 of log-probabilities down to -10. A draft has a spelling of its own."""
+    prompts, searched, asked = training_prompts(), model, SEQUENCER
+    if of_draft:
+        searched = random_model("llama", 20, 2, hidden_size=16, intermediate_size=32)
+        other = {"code_tokens": tuple(token + 3 for token in SPELLING.code_tokens), "vocab_size": 20}
+        asked = Sequencer.of(SPELLING.model_copy(update=other), CATALOGUE, predict_first=True)
+        teacher = replace(teacher, draft=ModelRecommender(searched, asked, CATALOGUE, ScoringRule.VOCAB))
     shard = teacher.shard(prompts, 0, len(prompts))
-    search = BeamSearch(model, SPELLING, TRIE, ScoringRule.VOCAB, 4)
+    search = BeamSearch(searched, asked.spelling, TRIE, ScoringRule.VOCAB, 4)
     nodes = tree_nodes(TRIE, shard.beams, shard.gold)
     for row in range(len(prompts)):
         prompt = SEQUENCER.prompt(prompts.history(row))
-        for level, node in enumerate(search(prompt[None]).node):
+        for level, node in enumerate(search(asked.prompt(prompts.history(row))[None]).node):
             np.testing.assert_array_equal(shard.beams[row, level, : node.shape[1]], node[0].numpy())
         expected = []
         for node in nodes[row][nodes[row] >= 0].tolist():
