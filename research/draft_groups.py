@@ -1,4 +1,4 @@
-"""Counts of drafts that are named GROUP/SEED: the values of a group, and how a page spells them."""
+"""Counts of drafts that are named GROUP/SEED: a group's values, and their spelling."""
 
 from __future__ import annotations
 

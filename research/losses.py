@@ -1,4 +1,4 @@
-"""Losses of drafts, each at the best setting of its grid: validation, then target passes of test users.
+"""Losses of drafts, each at the best setting of its grid: passes of test users.
 
 The comparison file names the losses and their grids (atspeed/training/comparison.py). Settings are chosen on validation users
 with one seed. The drafts of the chosen settings, several seeds each, are counted on test users. Finished drafts and counts are

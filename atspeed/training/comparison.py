@@ -1,7 +1,7 @@
-"""Reads a comparison: drafts of several losses, settings, kinds and seeds, else alike.
+"""Reads a comparison: drafts of several losses, settings, kinds and seeds.
 
-A loss may have a grid of settings. All are tried with the first seed, and the best one is trained with all seeds
-(atspeed/training/compared_drafts.py).
+Everything else is alike. A loss may have a grid of settings. All are tried with the first seed, and the best one is trained with
+all seeds (atspeed/training/compared_drafts.py).
 
     base = "beauty-small.toml"                              a recipe with a draft, beside this file
     seeds = [1, 2, 3]
