@@ -372,6 +372,7 @@ def run_long_histories(
     users: Users = 1000,
     rounds: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Users of each length, and timed prefills.")] = 3,
     threads: Threads = 2,
+    note: Annotated[str, typer.Option(help="A sentence for the page, such as on other work of the machine.")] = "",
     seed: Seed = 1,
     json_file: JsonFile = None,
     report: PageFolder = None,
@@ -390,7 +391,7 @@ def run_long_histories(
     out.print(terminal_table("Lists after sparse prefills", long.sample_attention.COLUMNS, sparse))
     found = to_json(rows, kind=long.NAME) + to_json(prefills, kind=long.PREFILL)
     found += to_json(times, kind=long.SPARSE_TIME) + to_json(sparse, kind=long.SPARSE_LISTS)
-    about = long.header(config, read.name)
+    about = long.header(config, optional("atspeed.training.pipeline").load_dataset(read, data).name, note)
     save(json_file, Bundle(inflated / "bundle"), seed, found, about, page=(report, PAGES[long.NAME]))
     if different := sum(row.users - row.identical for row in rows):
         raise CommandError(f"{different} lists differ from the cold list of their history")

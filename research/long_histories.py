@@ -92,7 +92,7 @@ COLUMNS: Columns[ListRow] = (
 )
 
 COLD, AHEAD, NEW_ITEM = "cold", "read after the event", "one item came since"
-OTHER, OTHER_ALONE = "another user's short prompt meanwhile", "the same, alone"
+OTHER, OTHER_ALONE = "another user's short prompt, meanwhile", "another user's short prompt, alone"
 
 
 def bundles(recipe: Recipe, run_folder: Path, data: Path | None) -> tuple[Path, Path]:
@@ -252,9 +252,9 @@ def _row(tokens: int, state: str, samples: Sequence[_Sample]) -> ListRow:
     )
 
 
-def header(config: LongConfig, data: str) -> dict[str, Any]:
-    """Return the header's fields."""
-    return {"benchmark": NAME, "question": asdict(config), "data": data}
+def header(config: LongConfig, data: str, note: str) -> dict[str, Any]:
+    """Return the header's fields. data: its name. note: what readers should know of the run."""
+    return {"benchmark": NAME, "question": asdict(config), "data": data, "note": note}
 
 
 def write(result: Result, folder: Path) -> Path:
@@ -268,22 +268,23 @@ def _page(result: Result) -> Iterator[str]:
         "# Long histories",
         f"Lists of {_K} items for prompts of {' and '.join(f'{count:,}' for count in TOKENS)} tokens, exact and sparse.\n"
         f"Items have four codes, so these are histories of {' and '.join(f'{count // 4:,}' for count in TOKENS)} items.",
+        *([note] if (note := result.header["note"]) else []),
         "## Time of a list",
         f"Through the real services, one request at a time, target with {threads} threads, prefixes in memory.\n"
         "Histories are made: different items of the catalogue, in random order.\n"
         "*Read after the event*: the service has `prefix_on_event`, and the target was idle for as long as it read.\n"
         "*One item came since*: the request came with the event, and the target computed the new item in the list's first pass.\n"
-        "*Another user's short prompt meanwhile*: a history of ten items, asked for while the target reads the long prompt.\n"
-        "The processor time of these lists is that of both.",
+        "*Another user's short prompt, meanwhile*: a history of ten items, asked for while the target reads the long prompt.\n"
+        "Their processor time is that of both.",
     )
-    yield from row_table(COLUMNS, result.rows_of(NAME, ListRow))
+    yield from row_table(COLUMNS, result.rows_of(NAME, ListRow, kind=NAME))
     yield from paragraphs(
         "## Prefill in parts",
         "Processor time of a cold prompt, one thread, in one process.\n"
         "Served prompts are read in parts.\n"
         "A part has no later keys to mask, and the scores of all pairs are never in memory together.",
     )
-    yield from row_table(sparse_layer.PREFILL_COLUMNS, result.rows_of(PREFILL, sparse_layer.PrefillRow))
+    yield from row_table(sparse_layer.PREFILL_COLUMNS, result.rows_of(NAME, sparse_layer.PrefillRow, kind=PREFILL))
     yield from paragraphs(
         "## Sparse prefill: what it could save",
         "Processor time of the attention of all layers, one thread; the prefill is that in parts.\n"
@@ -293,7 +294,7 @@ def _page(result: Result) -> Iterator[str]:
         "Part of what sparse attention saves is that its sums have no order.\n"
         "Attention to all keys without ordered sums shows that part.",
     )
-    yield from row_table(sparse_layer.TIME_COLUMNS, result.rows_of(SPARSE_TIME, sparse_layer.SparseTimeRow))
+    yield from row_table(sparse_layer.TIME_COLUMNS, result.rows_of(NAME, sparse_layer.SparseTimeRow, kind=SPARSE_TIME))
     yield from paragraphs(
         "## Sparse prefill: its lists",
         f"Lists of the trained target for users of {result.header['data']} with long prompts, K = 20.\n"
@@ -301,5 +302,7 @@ def _page(result: Result) -> Iterator[str]:
         "Beams attend to the whole prompt.\n"
         "Intervals of 95 % are over users.",
     )
-    yield from row_table(sample_attention.COLUMNS, result.rows_of(SPARSE_LISTS, sample_attention.SparseListsRow))
+    yield from row_table(
+        sample_attention.COLUMNS, result.rows_of(NAME, sample_attention.SparseListsRow, kind=SPARSE_LISTS)
+    )
     yield from origin(result.header, [("threads", str(threads))])
