@@ -306,6 +306,7 @@ $(SWIFTSHADER)/.installed:
 
 .PHONY: lint
 lint: $(DEV)/.installed
+	@if git grep -nE '^(<{7}|>{7}) '; then echo "marks of a merge are left" >&2; exit 1; fi
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
