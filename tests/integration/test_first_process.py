@@ -128,8 +128,10 @@ def test_a_first_process_that_runs_services_stops_them_at_sigterm() -> None:
         assert process.ended() == (128 + signal.SIGTERM, "")
 
 
-def test_loading_command_names_the_signal_that_ended_it() -> None:
-    with first_process("-m", "atspeed.cli", "bench", "lossless") as process:
+def test_loading_command_names_the_signal_that_ended_it(bundle: Path) -> None:
+    """A complete command: one that lacks its bundle would end by itself, now and then before the signal."""
+    command = ("bench", "lossless", "--bundle", str(bundle), "--users", "1000")
+    with first_process("-m", "atspeed.cli", *command) as process:
         until(lambda: process.handles_sigterm, pause=0.001)
         os.kill(process.number, signal.SIGTERM)
         assert process.ended() == (128 + signal.SIGTERM, "")
