@@ -23,7 +23,10 @@ def leave_at_signals() -> None:
 
 
 def unwind_at_sigterm() -> None:
-    """Let SIGTERM unwind the process as Ctrl-C does, so that it stops its children. The exit code is 143, as in a shell."""
+    """Let SIGTERM unwind the process as Ctrl-C does, so that it stops its children. The exit code is 143, as in a shell.
+
+    In an import the process ends at once, with the same code; children end with it (atspeed/local/child_process.py).
+    """
     signal.signal(signal.SIGTERM, _unwind)
 
 
@@ -32,6 +35,20 @@ def _leave(_number: int, _frame: FrameType | None) -> None:
     os._exit(0)
 
 
-def _unwind(number: int, _frame: FrameType | None) -> None:
+def _unwind(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second signal does not interrupt the cleanup
+    if _is_importing(frame):
+        os._exit(128 + number)
     raise SystemExit(128 + number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether an import is under way. It could lose an exception, and this process would then ignore the signal.
+
+    Python prints and drops what is raised in the callbacks by which an import releases its locks.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

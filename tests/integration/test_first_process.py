@@ -135,3 +135,19 @@ def test_loading_command_names_the_signal_that_ended_it(bundle: Path) -> None:
         until(lambda: process.handles_sigterm, pause=0.001)
         os.kill(process.number, signal.SIGTERM)
         assert process.ended() == (128 + signal.SIGTERM, "")
+
+
+def test_import_that_drops_exceptions_does_not_keep_a_process_alive(tmp_path: Path) -> None:
+    """As the callbacks do by which an import releases its locks."""
+    (tmp_path / "dropping.py").write_text(
+        "import contextlib, os, signal\n"
+        "with contextlib.suppress(BaseException):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    signal.pause()\n"
+    )
+    held = (
+        "import sys; from atspeed.concurrency.early_signals import unwind_at_sigterm; unwind_at_sigterm(); "
+        f"sys.path.insert(0, {str(tmp_path)!r}); import dropping; print('lost')"
+    )
+    done = subprocess.run([sys.executable, "-c", held], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")

@@ -27,9 +27,8 @@ from atspeed.training.errors import DataError
 from atspeed_client import AsyncClient, RecommenderError
 
 DOWNLOADS = ROOT / "var" / "downloads"
-_WARM_UP = {
-    "warm-up-seconds": 2.0
-}  # shorter than a service's: the planner corrects the cost curve by the lists of the demo
+# Shorter than a service's: the planner corrects the cost curve by the lists of the demo.
+_WARM_UP = {"warm-up-seconds": 2.0}
 
 
 def choose_users(dataset: Dataset, count: int) -> list[Case]:
