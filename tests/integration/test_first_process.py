@@ -138,7 +138,7 @@ def test_loading_command_names_the_signal_that_ended_it(bundle: Path) -> None:
 
 
 def test_import_that_drops_exceptions_does_not_keep_a_process_alive(tmp_path: Path) -> None:
-    """As the callbacks do by which an import releases its locks."""
+    """The callbacks by which an import releases its locks drop exceptions too."""
     (tmp_path / "dropping.py").write_text(
         "import contextlib, os, signal\n"
         "with contextlib.suppress(BaseException):\n"

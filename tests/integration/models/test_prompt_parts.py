@@ -90,7 +90,7 @@ def held_before(evaluator: TreeEvaluator, number: int) -> Iterator[tuple[list[in
     tree=st.booleans(),
 )
 def test_no_bit_depends_on_the_parts(models: Models, part: int, items: int, cached: int, seed: int, tree: bool) -> None:
-    """Of scores, and of cached keys and values, behind any cached beginning; statistics are those of one pass."""
+    """Scores and cached keys and values are compared, behind any cached beginning. Statistics are those of one pass."""
     prompt = models.prompt(items, seed)
     nodes = np.array(models.naive.inner() if tree else [ROOT])
 

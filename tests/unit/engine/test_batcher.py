@@ -171,7 +171,7 @@ async def test_rescheduled_work_precedes_younger_work_and_is_never_refused() -> 
 
 
 async def test_long_work_takes_turns_with_the_requests_that_wait() -> None:
-    """Those come first that waited when its pass ended, with all their passes; and then one pass at a time."""
+    """Requests that waited when its pass ended come first, with all their passes. Then it gets one pass at a time."""
     gate = Gate(long=3, short=1)
     gate.behind = {"long"}
     batcher = Batcher(gate, BatchLimits(requests=1))
